@@ -1,0 +1,203 @@
+"""The operations a backend implements, and the small values they exchange.
+
+The model calls the five composite operations of a layer (`attention_input`, `paged_attention`,
+`attention_output`, `dense_mlp`, `moe`) and `embed`, `logits` and `sample` around them. A backend may
+fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every operation
+takes and returns tensors and the dataclasses below, never a model or a context.
+
+Shapes: T tokens in the step (of all sequences, one after the other), S sequences, H hidden size,
+D head dim, V vocabulary. `W` is a backend's own form of a weight matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from nybble.kernels.quantized_tensor import QuantizedTensor
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """weight [N] in the activation dtype."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Head geometry. `rotary_dim` leading dimensions of each head are rotated, the rest pass."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionWeights(Generic[W]):
+    """qkv: [(num_heads + 2 num_kv_heads) * D, H], rows in the order q, k, v; qkv_bias: its bias or None;
+    query_norm, key_norm: over D, or None; output: [H, num_heads * D], without bias."""
+
+    shape: AttentionShape
+    norm: RmsNorm
+    qkv: W
+    qkv_bias: Tensor | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
+    output: W
+
+
+@dataclass(frozen=True)
+class MlpWeights(Generic[W]):
+    """gate_up: [2I, H], the I rows of gate above those of up; down: [H, I]."""
+
+    gate_up: W
+    down: W
+
+
+@dataclass(frozen=True)
+class DenseWeights(Generic[W]):
+    """Feed-forward part of a dense layer."""
+
+    norm: RmsNorm
+    mlp: MlpWeights[W]
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """weight: float32 [E, H]; bias: float32 [E], used to choose experts and never to weigh them."""
+
+    weight: Tensor
+    bias: Tensor
+    top_k: int
+    num_groups: int
+    top_k_groups: int
+    normalize: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class MoeWeights(Generic[W]):
+    """Feed-forward part of a sparse layer. `experts` holds stacks: gate_up [E, 2I, H], down [E, H, I]."""
+
+    norm: RmsNorm
+    router: RouterWeights
+    experts: MlpWeights[W]
+    shared_expert: MlpWeights[W]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Of each token its experts and their weights: ids int64 [T, top_k], weights float32 [T, top_k]."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class RotaryAngles:
+    """cos, sin: [T, rotary_dim / 2] in the activation dtype."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class KVCacheLayer:
+    """Paged keys (after norm and rotation) and values: [num_blocks, block_size, num_kv_heads, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which tokens of the step attend to which cache slots.
+
+    query_starts: int32 [S + 1]; sequence s owns tokens query_starts[s] .. query_starts[s + 1]
+    context_lengths: int32 [S]; tokens of sequence s in the cache, those of this step included
+    block_tables: int32 [S, max_blocks]; the cache blocks of each sequence in order, padded with 0
+    slots: int64 [T]; where each token's key and value go: block * block_size + offset
+    """
+
+    query_starts: Tensor
+    context_lengths: Tensor
+    block_tables: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How to pick one token from each row of logits.
+
+    temperatures: float32 [S], 0 picks the most likely token; top_ks: int64 [S], 0 is off;
+    top_ps, min_ps: float32 [S], 1 and 0 are off; uniforms: float64 [S], one random number in [0, 1)
+    for each row, so that a pick depends on nothing but its own row.
+    """
+
+    temperatures: Tensor
+    top_ks: Tensor
+    top_ps: Tensor
+    min_ps: Tensor
+    uniforms: Tensor
+
+
+class Ops(Protocol[W]):
+    """A backend. Inputs lie on its device; activations have its activation dtype."""
+
+    def prepare_weight(self, weight: Tensor | QuantizedTensor) -> W:
+        """The backend's form of a matrix [N, K] or a stack [E, N, K]; called once for each weight."""
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        """[T, H] rows of `table` [V, H] for token_ids int64 [T]."""
+
+    def attention_input(
+        self,
+        hidden: Tensor,
+        weights: AttentionWeights[W],
+        angles: RotaryAngles,
+        cache: KVCacheLayer,
+        slots: Tensor,
+    ) -> Tensor:
+        """Norm, q/k/v projection, per-head norms and rotation of hidden [T, H].
+
+        Writes keys and values to `cache` at `slots`; returns the queries [T, num_heads, D].
+        """
+
+    def paged_attention(self, query: Tensor, cache: KVCacheLayer, batch: AttentionBatch) -> Tensor:
+        """Causal attention of query [T, num_heads, D] over each sequence's blocks, scaled by
+        1 / sqrt(D): [T, num_heads * D]."""
+
+    def attention_output(
+        self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[W]
+    ) -> Tensor:
+        """hidden [T, H] plus the output projection of attended [T, num_heads * D]."""
+
+    def dense_mlp(self, hidden: Tensor, weights: DenseWeights[W]) -> Tensor:
+        """hidden [T, H] plus the MLP of its norm."""
+
+    def moe(self, hidden: Tensor, weights: MoeWeights[W]) -> Tensor:
+        """hidden [T, H] plus routed and shared experts of its norm."""
+
+    def logits(self, hidden: Tensor, norm: RmsNorm, head: W) -> Tensor:
+        """float32 [S, V]: the head applied to the norm of hidden [S, H]."""
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """int64 [S]: one token for each row of logits, float32 [S, V].
+
+        In this order: divide by temperature, drop what min_p, top_k and top_p exclude, draw.
+        """

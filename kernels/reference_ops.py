@@ -1,0 +1,224 @@
+"""GLM's mathematics in plain torch: what every other backend is compared with.
+
+Weights are held dequantized in the activation dtype; sums over experts and all softmaxes are float32.
+Rounding follows transformers' `Glm4Moe` where it has one answer: RMSNorm rounds before it multiplies
+by its weight; the router works in float32 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nybble.kernels.ops import (
+    AttentionBatch,
+    AttentionShape,
+    AttentionWeights,
+    DenseWeights,
+    KVCacheLayer,
+    MlpWeights,
+    MoeWeights,
+    RmsNorm,
+    RotaryAngles,
+    RouterWeights,
+    Routing,
+    SamplingBatch,
+)
+from nybble.kernels.quantized_tensor import QuantizedTensor
+
+
+class ReferenceOps:
+    """`Ops` whose weights are tensors of `dtype`. See `Ops` for every argument's shape."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    # What the model calls.
+
+    def prepare_weight(self, weight: Tensor | QuantizedTensor) -> Tensor:
+        if isinstance(weight, QuantizedTensor):
+            return weight.dequantize(self.dtype)
+        return weight.to(self.dtype)
+
+    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(token_ids, table)
+
+    def attention_input(
+        self,
+        hidden: Tensor,
+        weights: AttentionWeights[Tensor],
+        angles: RotaryAngles,
+        cache: KVCacheLayer,
+        slots: Tensor,
+    ) -> Tensor:
+        qkv = F.linear(rms_norm(hidden, weights.norm), weights.qkv, weights.qkv_bias)
+        query, key, value = split_heads(qkv, weights.shape)
+        query = rms_norm(query, weights.query_norm) if weights.query_norm else query
+        key = rms_norm(key, weights.key_norm) if weights.key_norm else key
+        store_kv(rotate(key, angles), value, cache, slots)
+        return rotate(query, angles)
+
+    def paged_attention(self, query: Tensor, cache: KVCacheLayer, batch: AttentionBatch) -> Tensor:
+        outputs = []
+        starts, lengths = batch.query_starts.tolist(), batch.context_lengths.tolist()
+        for sequence, length in enumerate(lengths):
+            keys, values = gather_context(cache, batch.block_tables[sequence], length)
+            queries = query[starts[sequence] : starts[sequence + 1]]
+            outputs.append(causal_attention(queries, keys, values))
+        return torch.cat(outputs).flatten(1)
+
+    def attention_output(
+        self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[Tensor]
+    ) -> Tensor:
+        return hidden + F.linear(attended, weights.output)
+
+    def dense_mlp(self, hidden: Tensor, weights: DenseWeights[Tensor]) -> Tensor:
+        return hidden + mlp(rms_norm(hidden, weights.norm), weights.mlp)
+
+    def moe(self, hidden: Tensor, weights: MoeWeights[Tensor]) -> Tensor:
+        x = rms_norm(hidden, weights.norm)
+        routed = experts(x, route(x, weights.router), weights.experts)
+        shared = mlp(x, weights.shared_expert).float()
+        return hidden + (routed + shared).to(hidden.dtype)
+
+    def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
+        return F.linear(rms_norm(hidden, norm), head).float()
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        greedy = logits.argmax(dim=-1)
+        if not batch.temperatures.any():
+            return greedy
+        return torch.where(batch.temperatures == 0, greedy, draw(logits, batch))
+
+
+# Norm, attention.
+
+
+def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
+    """x [..., N] over its root mean square (float32, rounded to x's dtype), times the weight."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.eps)
+    return normed.to(x.dtype) * norm.weight
+
+
+def split_heads(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (num_heads + 2 num_kv_heads) * D] as query, key, value [T, heads, D]."""
+    heads = qkv.unflatten(-1, (-1, shape.head_dim))
+    query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
+    return query, key, value
+
+
+def rotate(x: Tensor, angles: RotaryAngles) -> Tensor:
+    """Rotate the first dimensions of x [T, heads, D], pairing i with i + rotary_dim / 2."""
+    half = angles.cos.shape[-1]
+    cos, sin = angles.cos.unsqueeze(1), angles.sin.unsqueeze(1)  # [T, 1, rotary_dim / 2]
+    first, second, passed = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)
+
+
+def store_kv(key: Tensor, value: Tensor, cache: KVCacheLayer, slots: Tensor) -> None:
+    """Write key and value [T, num_kv_heads, D] to the cache at slots [T]."""
+    cache.keys.flatten(0, 1).index_copy_(0, slots, key.to(cache.keys.dtype))
+    cache.values.flatten(0, 1).index_copy_(0, slots, value.to(cache.values.dtype))
+
+
+def gather_context(cache: KVCacheLayer, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first `length` keys and values [length, num_kv_heads, D] that a block table [n] maps."""
+    block_size = cache.keys.shape[1]
+    blocks = block_table[: -(-length // block_size)]
+    return cache.keys[blocks].flatten(0, 1)[:length], cache.values[blocks].flatten(0, 1)[:length]
+
+
+def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D)) v of the last t positions of a context of n: [t, num_heads, D].
+
+    query [t, num_heads, D]; keys, values [n, num_kv_heads, D], each serving num_heads / num_kv_heads
+    consecutive query heads.
+    """
+    tokens, context = query.shape[0], keys.shape[0]
+    mask = None
+    if tokens > 1:
+        ones = torch.ones(tokens, context, dtype=torch.bool, device=query.device)
+        mask = ones.tril(diagonal=context - tokens)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.to(query.dtype).transpose(0, 1).unsqueeze(0),
+        values.to(query.dtype).transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+    return attended.squeeze(0).transpose(0, 1)
+
+
+# Feed-forward.
+
+
+def mlp(x: Tensor, weights: MlpWeights[Tensor]) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of x [T, H]."""
+    gate, up = F.linear(x, weights.gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, weights.down)
+
+
+def route(x: Tensor, router: RouterWeights) -> Routing:
+    """Choose top_k experts for each row of x [T, H] by sigmoid score plus bias; weigh them by score."""
+    scores = F.linear(x.float(), router.weight).sigmoid()  # [T, E]
+    choice = _mask_weak_groups(scores + router.bias, router)
+    ids = choice.topk(router.top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(1, ids)
+    if router.normalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(ids=ids, weights=weights * router.scale)
+
+
+def _mask_weak_groups(choice: Tensor, router: RouterWeights) -> Tensor:
+    """-inf outside the top_k_groups groups whose two best entries of choice [T, E] sum highest."""
+    if router.top_k_groups == router.num_groups:
+        return choice
+    grouped = choice.unflatten(-1, (router.num_groups, -1))  # [T, groups, E / groups]
+    strength = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    kept = strength.topk(router.top_k_groups, dim=-1, sorted=False).indices
+    is_weak = torch.ones_like(strength, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(is_weak.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor]) -> Tensor:
+    """float32 [T, H]: the weighted sum of each token's experts, added in the order of their ids."""
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in routing.ids.unique().tolist():
+        tokens, ranks = (routing.ids == expert).nonzero(as_tuple=True)
+        expert_weights = MlpWeights(weights.gate_up[expert], weights.down[expert])
+        output = mlp(x[tokens], expert_weights).float()
+        total.index_add_(0, tokens, output * routing.weights[tokens, ranks].unsqueeze(-1))
+    return total
+
+
+# Sampling.
+
+
+def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """int64 [S]: the token where each row's cumulative probability passes its uniform number."""
+    temperatures = batch.temperatures.masked_fill(batch.temperatures == 0, 1.0)
+    ordered, ids = (logits / temperatures.unsqueeze(-1)).sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1).double()
+    probabilities = probabilities.masked_fill(_excluded(probabilities, batch), 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    threshold = batch.uniforms.unsqueeze(-1) * cumulative[:, -1:]
+    picks = torch.searchsorted(cumulative, threshold, right=True)
+    # A threshold that rounds up to the total would pick past the last possible token.
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(1, picks.minimum(last)).squeeze(-1)
+
+
+def _excluded(probabilities: Tensor, batch: SamplingBatch) -> Tensor:
+    """bool [S, V]: what min_p, then top_k, then top_p drop of probabilities in descending order."""
+    excluded = probabilities < probabilities[:, :1] * batch.min_ps.unsqueeze(-1)
+    ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    top_ks = batch.top_ks.masked_fill(batch.top_ks == 0, probabilities.shape[-1])
+    excluded |= ranks >= top_ks.unsqueeze(-1)
+    kept = probabilities.masked_fill(excluded, 0.0)
+    kept = kept / kept.sum(dim=-1, keepdim=True)
+    mass_before = kept.cumsum(dim=-1) - kept
+    top_ps = batch.top_ps.unsqueeze(-1)
+    # The most likely token always stays, also for top_p 0.
+    return excluded | ((mass_before >= top_ps) & (top_ps < 1) & (ranks > 0))
