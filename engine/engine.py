@@ -1,0 +1,115 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from nybble.engine.errors import InvalidRequestError
+from nybble.engine.messages import EngineStats, Request, TokenEvent
+from nybble.engine.scheduler import Scheduler
+from nybble.engine.sequence import Sequence
+from nybble.engine.step import SampledToken, StepPlan
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """max_model_len: prompt and answer together; num_token_ids: prompt ids lie below it."""
+
+    max_model_len: int
+    num_token_ids: int
+    block_size: int
+
+
+class Runner(Protocol):
+    def run(self, plan: StepPlan) -> list[SampledToken]:
+        """Compute a plan's tokens; returns the next token of each sampling chunk, in order."""
+
+
+class Engine:
+    """Single-threaded; the caller alternates `add` and `abort` with `step` as it likes."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, limits: EngineLimits) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._limits = limits
+        self._active: set[str] = set()
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: it cannot be run; nothing has changed.
+        """
+        self._check(request)
+        sampling = request.sampling
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+        self._active.add(request.request_id)
+        self._scheduler.add(Sequence(request, sampling, self._limits.block_size))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks; an unknown id is ignored."""
+        self._active.discard(request_id)
+        self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step; returns one event for each sequence that got a token."""
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return []
+        sampled = self._runner.run(plan)
+        return self._postprocess(plan, sampled)
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def check(self) -> None:
+        """Assert that no block is lost. For tests, and when idle."""
+        self._scheduler.check()
+
+    def _postprocess(
+        self, plan: StepPlan, sampled: AbstractSequence[SampledToken]
+    ) -> list[TokenEvent]:
+        sequences = self._scheduler.update(plan)
+        return [self._append(s, token) for s, token in zip(sequences, sampled, strict=True)]
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        finish_reason = sequence.append(token.token_id)
+        if finish_reason is not None:
+            self._scheduler.finish(sequence)
+            self._active.discard(sequence.request_id)
+        return TokenEvent(
+            request_id=sequence.request_id,
+            token_id=token.token_id,
+            logprobs=token.logprobs,
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _check(self, request: Request) -> None:
+        prompt, limit = request.prompt_token_ids, self._limits.max_model_len
+        if request.request_id in self._active:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        if not 0 <= min(prompt) <= max(prompt) < self._limits.num_token_ids:
+            raise InvalidRequestError(
+                f"prompt token ids must lie in 0 .. {self._limits.num_token_ids - 1}", "prompt"
+            )
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1", "max_tokens")
+        if len(prompt) + request.sampling.max_tokens > limit:
+            raise InvalidRequestError(
+                f"{len(prompt)} prompt tokens and max_tokens = {request.sampling.max_tokens} "
+                f"exceed the context of {limit} tokens",
+                "max_tokens",
+            )

@@ -1,0 +1,44 @@
+"""The paged KV cache: its size, and its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nybble.kernels.ops import KVCacheLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheGeometry:
+    """Shape of the cache; a block holds the keys and values of `block_size` tokens in every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def block_bytes(self) -> int:
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.item_bytes
+        return per_token * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def allocate_kv_cache(
+    geometry: CacheGeometry, dtype: torch.dtype, device: torch.device
+) -> tuple[KVCacheLayer, ...]:
+    """One layer's keys and values for each layer, uninitialised: unused host pages cost nothing."""
+    shape = (geometry.num_blocks, geometry.block_size, geometry.num_kv_heads, geometry.head_dim)
+    return tuple(
+        KVCacheLayer(
+            keys=torch.empty(shape, dtype=dtype, device=device),
+            values=torch.empty(shape, dtype=dtype, device=device),
+        )
+        for _ in range(geometry.num_layers)
+    )

@@ -1,0 +1,56 @@
+"""A request while it runs."""
+
+from __future__ import annotations
+
+from nybble.engine.block_pool import hash_block
+from nybble.engine.messages import FinishReason, Request, SamplingParams
+
+
+class Sequence:
+    """Tokens of a request, and how far their keys and values are computed.
+
+    Between steps, tokens [0, num_computed) lie in `blocks`; those from num_computed on are still to be
+    run. While decoding that is one token: the last one sampled.
+    """
+
+    def __init__(self, request: Request, sampling: SamplingParams, block_size: int) -> None:
+        self.request_id = request.request_id
+        self.sampling = sampling
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed = 0
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
+        self.was_admitted = False
+        self.blocks: list[int] = []
+        self._block_size = block_size
+        self._block_hashes: list[bytes] = []
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_uncomputed == 1 and len(self.token_ids) > self.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def block_hashes(self, count: int) -> list[bytes]:
+        """Chained hashes of the first `count` blocks, each of which must be full of tokens."""
+        size = self._block_size
+        while len(self._block_hashes) < count:
+            start = len(self._block_hashes) * size
+            previous = self._block_hashes[-1] if self._block_hashes else b""
+            self._block_hashes.append(hash_block(previous, self.token_ids[start : start + size]))
+        return self._block_hashes[:count]
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; returns why the sequence ends with it, if it does."""
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids:
+            return "stop"
+        if self.num_output_tokens >= self.sampling.max_tokens:
+            return "length"
+        return None

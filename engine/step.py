@@ -1,0 +1,92 @@
+"""One engine step: what to run, decided over integers, and the flat tensors that every rank runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.engine.messages import SamplingParams, TokenLogprobs
+from nybble.kernels.ops import AttentionBatch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run in this step.
+
+    start: position of the first token; blocks: the sequence's cache blocks, in order;
+    sampling: how to choose the token that follows, or None while more of the prompt is to come.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    sampling: SamplingParams | None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def sampling_chunks(self) -> tuple[Chunk, ...]:
+        return tuple(chunk for chunk in self.chunks if chunk.sampling is not None)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """token_ids, positions: int64 [T]; logit_rows: int64 [S'], the tokens whose logits are needed."""
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: AttentionBatch
+    logit_rows: Tensor
+
+
+def build_step_input(plan: StepPlan, block_size: int, device: torch.device) -> StepInput:
+    """Flatten a plan: the chunks one after the other, in its order."""
+    lengths = np.array([len(chunk.token_ids) for chunk in plan.chunks])
+    ends = lengths.cumsum()
+    spans = [(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in plan.chunks]
+    positions = np.concatenate([np.arange(*span) for span in spans])
+    tables = _block_tables(plan)
+    rows = np.repeat(np.arange(len(lengths)), lengths)  # sequence of each token
+    slots = tables[rows, positions // block_size] * block_size + positions % block_size
+    samples = np.array([chunk.sampling is not None for chunk in plan.chunks])
+
+    def tensor(values: np.ndarray, dtype: type) -> Tensor:
+        return torch.from_numpy(values.astype(dtype)).to(device)
+
+    return StepInput(
+        token_ids=tensor(np.concatenate([chunk.token_ids for chunk in plan.chunks]), np.int64),
+        positions=tensor(positions, np.int64),
+        attention=AttentionBatch(
+            query_starts=tensor(np.concatenate(([0], ends)), np.int32),
+            context_lengths=tensor(np.array([end for _, end in spans]), np.int32),
+            block_tables=tensor(tables, np.int32),
+            slots=tensor(slots, np.int64),
+        ),
+        logit_rows=tensor((ends - 1)[samples], np.int64),
+    )
+
+
+def _block_tables(plan: StepPlan) -> np.ndarray:
+    """int64 [S, longest table], padded with 0."""
+    tables = np.zeros((len(plan.chunks), max(len(c.blocks) for c in plan.chunks)), dtype=np.int64)
+    for row, chunk in zip(tables, plan.chunks, strict=True):
+        row[: len(chunk.blocks)] = chunk.blocks
+    return tables
