@@ -1,0 +1,111 @@
+"""Writes a checkpoint directory that appears complete or not at all.
+
+Everything goes to a hidden sibling directory first, which is renamed to its final name at the end. An
+interrupted run leaves only that sibling, and the next run for the same directory removes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nybble.engine.errors import CheckpointError
+from nybble.kernels.quantized_tensor import QuantizedTensor
+
+SHARD_BYTES = 64 << 20
+
+
+class CheckpointWriter:
+    """Context manager. Tensors are flushed to a shard whenever `shard_bytes` have come together.
+
+    Raises:
+        CheckpointError: `directory` exists already, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._directory = directory
+        self._partial = directory.with_name(f".{directory.name}.partial")
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        if self._directory.exists():
+            raise CheckpointError(f"{self._directory}: exists already")
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._publish()
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._pending[name] = tensor.contiguous()
+        self._total_bytes += tensor.nbytes
+        if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
+            self._flush()
+
+    def add_nvfp4(self, name: str, weight: QuantizedTensor) -> None:
+        """Add a matrix in ModelOpt's layout; its rows must share one global scale."""
+        scale = weight.global_scales[0].clone()
+        if not (weight.global_scales == scale).all():
+            raise ValueError(f"{name}: rows of one matrix have different global scales")
+        self.add(f"{name}.weight", weight.codes)
+        self.add(f"{name}.weight_scale", weight.block_scales)
+        self.add(f"{name}.weight_scale_2", scale)
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        (self._partial / name).write_text(content, encoding="utf-8")
+
+    def _flush(self) -> None:
+        # The number of shards is part of their names and not known yet.
+        save_file(self._pending, self._partial / f"{len(self._shards)}.shard", {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending = {}
+
+    def _publish(self) -> None:
+        if self._pending:
+            self._flush()
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
+            (self._partial / f"{number}.shard").rename(self._partial / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        self.write_json("model.safetensors.index.json", index)
+        for path in self._partial.iterdir():
+            _sync(path)
+        _sync(self._partial)
+        self._partial.rename(self._directory)
+        _sync(self._directory.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush to disk, so that a power cut after the rename cannot leave an empty file behind it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

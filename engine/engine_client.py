@@ -1,0 +1,222 @@
+"""The server's side of the engine: submit a request, read its events, survive the engine's death."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Protocol
+
+from nybble.engine.channel import FrameDecoder, encode_frame
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import EngineDeadError, InvalidRequestError, NybbleError
+from nybble.engine.messages import (
+    Abort,
+    EngineEvent,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    Request,
+    RequestRefused,
+    Start,
+    TokenEvent,
+    ToEngine,
+)
+
+logger = logging.getLogger("nybble.engine_client")
+
+_RESTART_DELAYS = (0.0, 1.0, 5.0, 30.0)  # seconds before each attempt after a death
+_STOP_TIMEOUT = 5.0  # seconds from closing the channel to killing the process
+
+
+class EngineStartError(NybbleError):
+    """The engine could not load."""
+
+
+class EngineClient(Protocol):
+    """What the server needs of an engine. Tests script one."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a request could be run now."""
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """The engine's last word about itself."""
+
+    def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Run a request: one event a token. Closing the iterator early aborts the request.
+
+        Raises:
+            InvalidRequestError: the engine refuses it.
+            EngineDeadError: the engine is or goes down.
+        """
+
+
+class SubprocessEngine:
+    """An `EngineClient` whose engine is a child process, started again when it dies."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._streams: dict[str, asyncio.Queue[EngineEvent | None]] = {}  # None: the engine died
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._is_alive = False
+        self.stats: EngineStats | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._is_alive
+
+    async def start(self) -> EngineReady:
+        """Start the process and wait until it has loaded.
+
+        Raises:
+            EngineStartError: it could not; the message says why.
+        """
+        reader, ready = await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise(reader))
+        return ready
+
+    async def stop(self) -> None:
+        """End the process. Open requests get EngineDeadError."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._fail_open_requests()
+        await self._end_process()
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        if not self._is_alive:
+            raise EngineDeadError("the engine is not running")
+        queue: asyncio.Queue[EngineEvent | None] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        self._send(request)
+        is_finished = False
+        try:
+            while not is_finished:
+                event = await queue.get()
+                is_finished = not isinstance(event, TokenEvent) or event.finish_reason is not None
+                yield _token_event(event)
+        finally:
+            self._streams.pop(request.request_id, None)
+            if not is_finished:
+                self._send(Abort(request_id=request.request_id))
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None and self._is_alive:
+            self._writer.write(encode_frame([message]))
+
+    async def _launch(self) -> tuple[_Reader, EngineReady]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nybble.engine.engine_process", str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),), start_new_session=True, env=dict(os.environ),
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        stream, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(encode_frame([Start(config=self._config)]))
+        reader = _Reader(stream)
+        try:
+            message = await reader.next()
+        except EOFError:
+            message = EngineFailed(message="the engine process ended while loading")
+        except asyncio.CancelledError:
+            await self._end_process()
+            raise
+        if not isinstance(message, EngineReady):
+            await self._end_process()
+            reason = message.message if isinstance(message, EngineFailed) else repr(message)
+            raise EngineStartError(reason)
+        self._is_alive = True
+        return reader, message
+
+    async def _supervise(self, reader: _Reader) -> None:
+        """Deliver events; when the engine dies, answer every open request and start it again."""
+        while True:
+            with suppress(EOFError):
+                while True:
+                    self._deliver(await reader.next())
+            self._is_alive = False
+            num_lost = self._fail_open_requests()
+            await self._end_process()
+            logger.error("the engine died; %d open requests were lost", num_lost)
+            reader = await self._restart()
+
+    async def _restart(self) -> _Reader:
+        attempt = 0
+        while True:
+            await asyncio.sleep(_RESTART_DELAYS[min(attempt, len(_RESTART_DELAYS) - 1)])
+            attempt += 1
+            try:
+                reader, _ = await self._launch()
+            except EngineStartError as error:
+                logger.error("the engine did not start again (attempt %d): %s", attempt, error)
+            else:
+                logger.info("the engine is running again")
+                return reader
+
+    def _deliver(self, message: FromEngine) -> None:
+        if isinstance(message, EngineStats):
+            self.stats = message
+        elif isinstance(message, TokenEvent | RequestRefused):
+            queue = self._streams.get(message.request_id)  # None: aborted meanwhile
+            if queue is not None:
+                queue.put_nowait(message)
+
+    def _fail_open_requests(self) -> int:
+        for queue in self._streams.values():
+            queue.put_nowait(None)
+        return len(self._streams)
+
+    async def _end_process(self) -> None:
+        """Close the channel, which tells the engine to end; kill it if it does not."""
+        self._is_alive = False
+        if self._writer is not None:
+            self._writer.close()
+            with suppress(OSError):
+                await self._writer.wait_closed()
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+
+
+class _Reader:
+    """Messages one by one from a stream of frames."""
+
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        self._stream = stream
+        self._decoder: FrameDecoder[FromEngine] = FrameDecoder(FromEngine)
+        self._messages: list[FromEngine] = []
+
+    async def next(self) -> FromEngine:
+        """Raises EOFError when the other side is gone."""
+        while not self._messages:
+            try:
+                data = await self._stream.read(1 << 16)
+            except OSError as error:
+                raise EOFError from error
+            if not data:
+                raise EOFError
+            self._messages = self._decoder.feed(data)[::-1]
+        return self._messages.pop()
+
+
+def _token_event(event: EngineEvent | None) -> TokenEvent:
+    if event is None:
+        raise EngineDeadError("the engine stopped before the request was finished; send it again")
+    if isinstance(event, RequestRefused):
+        raise InvalidRequestError(event.message, event.parameter)
+    return event

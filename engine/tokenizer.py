@@ -1,0 +1,97 @@
+"""Tokenizer and chat template of a checkpoint: the one place that uses transformers.
+
+GLM's tokenizer is a byte-level BPE, so every token stands for exact bytes. They are kept as bytes here:
+a character whose bytes are spread over several tokens is put together by the detokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing may be fetched at run time
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+
+from nybble.engine.errors import CheckpointError, NybbleError
+
+
+class ChatTemplateError(NybbleError):
+    """The chat template cannot render these messages."""
+
+
+class Tokenizer:
+    """Text to token ids and back, and messages to prompts."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read `directory`. Raises CheckpointError if its tokenizer cannot be used."""
+        if not (directory / "tokenizer.json").exists():
+            raise CheckpointError(f"{directory / 'tokenizer.json'}: no such file")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the libraries below raise bare Exception
+            raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
+        self._added = self._tokenizer.added_tokens_decoder
+        self._bytes_of_character = _bytes_of_characters()
+        self._check_byte_level(directory)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text or rendered prompt, which already holds its special tokens."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt for an assistant turn after `messages`, by the checkpoint's own template.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise ChatTemplateError("the checkpoint has no chat template")
+        try:
+            prompt: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
+        return prompt
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is control, such as an end of turn, and no part of the text."""
+        return token_id in self._added and self._added[token_id].special
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; of a special token, those of its name."""
+        if token_id in self._added:
+            content: str = self._added[token_id].content
+            return content.encode()
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            raise ValueError(f"token id {token_id} is not in the vocabulary")
+        return bytes(self._bytes_of_character[character] for character in token)
+
+    def _check_byte_level(self, directory: Path) -> None:
+        characters = self._bytes_of_character.keys()
+        for token, token_id in self._tokenizer.get_vocab().items():
+            if token_id not in self._added and not characters >= set(token):
+                raise CheckpointError(f"{directory}: its tokenizer is not a byte-level BPE")
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character (GPT-2, `bytes_to_unicode`).
+
+    Printable bytes of Latin-1 stand for themselves; the other 68, in order, are U+0100 onwards.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
