@@ -139,7 +139,5 @@ def _parse_entry(path: Path, name: str, fields: Any, data_bytes: int) -> TensorE
     if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise CheckpointError(f"{entry}: {end - start} bytes do not hold {dtype} {list(shape)}")
     if not 0 <= start <= end <= data_bytes:
-        raise CheckpointError(
-            f"{entry}: truncated: its data ends at byte {end} of {data_bytes} in the file"
-        )
+        raise CheckpointError(f"{entry}: truncated: its data ends at byte {end} of {data_bytes} in the file")
     return entry

@@ -207,7 +207,7 @@ def unpermute(weight: Tensor, num_heads: int) -> Tensor:
 
     It pairs dimensions 2i and 2i + 1 for rotation; transformers and GLM pair i and i + D / 2.
     """
-    pairs = weight.unflatten(0, (num_heads, -1, 2))  # [heads, D / 2, 2, H]
+    pairs = torch.unflatten(weight, 0, (num_heads, -1, 2))  # [heads, D / 2, 2, H]
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
@@ -260,14 +260,12 @@ def _write_texts(writer: CheckpointWriter, reader: GGUFReader) -> None:
 def _tokenizer(tokens: list[str], merges: list[str], special: list[str]) -> Tokenizer:
     """SmolLM2's byte-level BPE: digits one by one, then GPT-2's splitting."""
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer

@@ -76,9 +76,7 @@ class Engine:
         """Assert that no block is lost. For tests, and when idle."""
         self._scheduler.check()
 
-    def _postprocess(
-        self, plan: StepPlan, sampled: AbstractSequence[SampledToken]
-    ) -> list[TokenEvent]:
+    def _postprocess(self, plan: StepPlan, sampled: AbstractSequence[SampledToken]) -> list[TokenEvent]:
         sequences = self._scheduler.update(plan)
         return [self._append(s, token) for s, token in zip(sequences, sampled, strict=True)]
 

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Protocol
 
@@ -24,8 +24,8 @@ from nybble.engine.messages import (
     Request,
     RequestRefused,
     Start,
-    TokenEvent,
     ToEngine,
+    TokenEvent,
 )
 
 logger = logging.getLogger("nybble.engine_client")
@@ -49,7 +49,7 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats | None:
         """The engine's last word about itself."""
 
-    def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """Run a request: one event a token. Closing the iterator early aborts the request.
 
         Raises:
@@ -93,7 +93,7 @@ class SubprocessEngine:
         self._fail_open_requests()
         await self._end_process()
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if not self._is_alive:
             raise EngineDeadError("the engine is not running")
         queue: asyncio.Queue[EngineEvent | None] = asyncio.Queue()
@@ -124,7 +124,7 @@ class SubprocessEngine:
         finally:
             theirs.close()
         stream, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(encode_frame([Start(config=self._config)]))
+        self._writer.write(encode_frame([Start(config=self._config, log_level=logging.getLogger().level)]))
         reader = _Reader(stream)
         try:
             message = await reader.next()

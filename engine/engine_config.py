@@ -136,9 +136,7 @@ def _cache_bytes(config: EngineConfig, hardware: Hardware, weight_bytes: int) ->
     return min(left, 4 * GIB) if hardware.device == "cpu" else left
 
 
-def _check_fits(
-    geometry: CacheGeometry, max_model_len: int, weight_bytes: int, hardware: Hardware
-) -> None:
+def _check_fits(geometry: CacheGeometry, max_model_len: int, weight_bytes: int, hardware: Hardware) -> None:
     if weight_bytes + geometry.num_bytes > hardware.free_bytes:
         raise OptionError(
             f"weights need {weight_bytes / GIB:.1f} GiB and the KV cache "

@@ -36,7 +36,7 @@ logger = logging.getLogger("nybble.engine")
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     # Ctrl-C reaches the whole process group; the server decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel: Channel[ToEngine] = Channel(socket.socket(fileno=int(sys.argv[1])), ToEngine)
@@ -52,6 +52,7 @@ def _start(channel: Channel[ToEngine]) -> Engine | None:
     (start,) = channel.receive()
     if not isinstance(start, Start):
         raise TypeError(f"expected Start, received {type(start).__name__}")
+    logging.getLogger().setLevel(start.log_level)
     try:
         preparation = prepare(start.config)
         engine = _load(preparation, channel)
@@ -66,7 +67,8 @@ def _load(preparation: Preparation, channel: Channel[ToEngine]) -> Engine:
     logger.info("%s", preparation.config)
     logger.info("%s", preparation.memory)
     num_layers = preparation.model_config.num_hidden_layers
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading weights", total=num_layers)
 
         def on_layer(layer: int) -> None:

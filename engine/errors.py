@@ -1,11 +1,11 @@
 """What can go wrong in the engine.
 
-    NybbleError
-    ├── CheckpointError      a checkpoint directory that cannot be served, naming file and tensor
-    │   └── ConfigError      a field of its config.json that is missing or unsupported
-    ├── OptionError          an option that cannot be satisfied on this machine
-    ├── InvalidRequestError  a request that the engine refuses, naming its parameter
-    └── EngineDeadError      the engine process ended; the request was lost with it
+NybbleError
+├── CheckpointError      a checkpoint directory that cannot be served, naming file and tensor
+│   └── ConfigError      a field of its config.json that is missing or unsupported
+├── OptionError          an option that cannot be satisfied on this machine
+├── InvalidRequestError  a request that the engine refuses, naming its parameter
+└── EngineDeadError      the engine process ended; the request was lost with it
 """
 
 from __future__ import annotations

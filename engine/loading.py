@@ -69,16 +69,12 @@ def prepare(config: EngineConfig) -> Preparation:
     return Preparation(resolved, model_config, checkpoint, memory, limits)
 
 
-def load_engine(
-    preparation: Preparation, on_layer: Callable[[int], None] = lambda layer: None
-) -> Engine:
+def load_engine(preparation: Preparation, on_layer: Callable[[int], None] = lambda layer: None) -> Engine:
     """Load the weights and build the engine; `on_layer` is told of each layer loaded."""
     config = preparation.config
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     ops = ReferenceOps(dtype)
-    weights = load_weights(
-        preparation.checkpoint, preparation.model_config, ops, device, dtype, on_layer
-    )
+    weights = load_weights(preparation.checkpoint, preparation.model_config, ops, device, dtype, on_layer)
     geometry = preparation.memory.cache_geometry
     runner = ModelRunner(
         model=Glm4Moe(preparation.model_config, weights, ops),

@@ -43,9 +43,10 @@ class Abort(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Start(Struct, frozen=True, kw_only=True, tag=True):
-    """First message to an engine process: load this."""
+    """First message to an engine process: load this. `log_level` is one of the logging module's."""
 
     config: EngineConfig
+    log_level: int
 
 
 class TokenLogprobs(Struct, frozen=True, kw_only=True):

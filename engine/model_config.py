@@ -18,10 +18,11 @@ ARCHITECTURE = "Glm4MoeForCausalLM"
 
 # Bookkeeping, training settings and generation settings: no effect on the forward pass.
 _INERT = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "moe_router_dtype",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
-    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "is_encoder_decoder",
+    "label2id", "moe_router_dtype", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef",
+    "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 
 # Fields that may stand in a config as long as they say what this model code does anyway.
@@ -225,8 +226,7 @@ def _rope(fields: _Fields) -> tuple[float, float]:
     parameters = fields.take("rope_parameters")
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise ConfigError(
-            f"config.json: field 'rope_parameters' is {parameters!r}, supported is only "
-            "rope_type 'default'"
+            f"config.json: field 'rope_parameters' is {parameters!r}, supported is only rope_type 'default'"
         )
     nested = _Fields({name: value for name, value in parameters.items() if name != "rope_type"})
     values = nested.number("rope_theta"), nested.number("partial_rotary_factor")

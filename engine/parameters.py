@@ -68,7 +68,7 @@ def is_draft(name: str, config: ModelConfig) -> bool:
     """Whether a tensor belongs to a draft (MTP) layer."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     first = config.num_hidden_layers
-    return bool(match) and first <= int(match[1]) < first + config.num_nextn_predict_layers
+    return match is not None and first <= int(match[1]) < first + config.num_nextn_predict_layers
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
@@ -146,9 +146,7 @@ def _check_nvfp4(
 
 def _check_entry(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if entry.shape != shape:
-        raise CheckpointError(
-            f"{entry}: has shape {list(entry.shape)}, config.json calls for {list(shape)}"
-        )
+        raise CheckpointError(f"{entry}: has shape {list(entry.shape)}, config.json calls for {list(shape)}")
     if entry.dtype not in dtypes:
         raise CheckpointError(f"{entry}: has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 

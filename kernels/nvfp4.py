@@ -35,7 +35,7 @@ def quantize(weight: Tensor, scale: Tensor | None = None) -> QuantizedTensor:
     """NVFP4 form of `weight`, a float tensor [rows, columns]; `scale` is its global scale, float32 []."""
     weight = weight.float()
     scale = global_scale(weight) if scale is None else scale
-    blocks = weight.unflatten(-1, (-1, NVFP4.block_size))  # [rows, columns / 16, 16]
+    blocks = torch.unflatten(weight, -1, (-1, NVFP4.block_size))  # [rows, columns / 16, 16]
     block_scales = _block_scales(blocks, scale)
     codes = _nearest_codes(blocks / (block_scales.float() * scale).unsqueeze(-1)).flatten(-2)
     return QuantizedTensor(

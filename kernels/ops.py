@@ -182,9 +182,7 @@ class Ops(Protocol[W]):
         """Causal attention of query [T, num_heads, D] over each sequence's blocks, scaled by
         1 / sqrt(D): [T, num_heads * D]."""
 
-    def attention_output(
-        self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[W]
-    ) -> Tensor:
+    def attention_output(self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[W]) -> Tensor:
         """hidden [T, H] plus the output projection of attended [T, num_heads * D]."""
 
     def dense_mlp(self, hidden: Tensor, weights: DenseWeights[W]) -> Tensor:

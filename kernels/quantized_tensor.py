@@ -65,9 +65,7 @@ class QuantizedTensor:
             )
         for name, tensor, dtype, shape in expected:
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
-                )
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +75,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [..., rows, columns]: computed in float32, rounded once to `dtype`."""
         scales = self.block_scales.float() * self.global_scales.unsqueeze(-1)
-        blocks = unpack_codes(self.codes).unflatten(-1, (-1, self.format.block_size))
+        blocks = torch.unflatten(unpack_codes(self.codes), -1, (-1, self.format.block_size))
         return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 

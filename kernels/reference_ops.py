@@ -68,9 +68,7 @@ class ReferenceOps:
             outputs.append(causal_attention(queries, keys, values))
         return torch.cat(outputs).flatten(1)
 
-    def attention_output(
-        self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[Tensor]
-    ) -> Tensor:
+    def attention_output(self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[Tensor]) -> Tensor:
         return hidden + F.linear(attended, weights.output)
 
     def dense_mlp(self, hidden: Tensor, weights: DenseWeights[Tensor]) -> Tensor:
@@ -104,9 +102,9 @@ def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
 
 def split_heads(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, (num_heads + 2 num_kv_heads) * D] as query, key, value [T, heads, D]."""
-    heads = qkv.unflatten(-1, (-1, shape.head_dim))
-    query, key, value = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
-    return query, key, value
+    heads = torch.unflatten(qkv, -1, (-1, shape.head_dim))
+    first_value = shape.num_heads + shape.num_kv_heads
+    return heads[:, : shape.num_heads], heads[:, shape.num_heads : first_value], heads[:, first_value:]
 
 
 def rotate(x: Tensor, angles: RotaryAngles) -> Tensor:
@@ -175,7 +173,7 @@ def _mask_weak_groups(choice: Tensor, router: RouterWeights) -> Tensor:
     """-inf outside the top_k_groups groups whose two best entries of choice [T, E] sum highest."""
     if router.top_k_groups == router.num_groups:
         return choice
-    grouped = choice.unflatten(-1, (router.num_groups, -1))  # [T, groups, E / groups]
+    grouped = torch.unflatten(choice, -1, (router.num_groups, -1))  # [T, groups, E / groups]
     strength = grouped.topk(2, dim=-1).values.sum(dim=-1)
     kept = strength.topk(router.top_k_groups, dim=-1, sorted=False).indices
     is_weak = torch.ones_like(strength, dtype=torch.bool).scatter_(1, kept, False)
@@ -185,7 +183,7 @@ def _mask_weak_groups(choice: Tensor, router: RouterWeights) -> Tensor:
 def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor]) -> Tensor:
     """float32 [T, H]: the weighted sum of each token's experts, added in the order of their ids."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in routing.ids.unique().tolist():
+    for expert in sorted(set(routing.ids.flatten().tolist())):
         tokens, ranks = (routing.ids == expert).nonzero(as_tuple=True)
         expert_weights = MlpWeights(weights.gate_up[expert], weights.down[expert])
         output = mlp(x[tokens], expert_weights).float()

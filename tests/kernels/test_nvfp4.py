@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nybble.kernels import nvfp4
 from nybble.kernels.quantized_tensor import (
     E2M1_VALUES,

@@ -1,0 +1,195 @@
+"""The HTTP API: routes, and the one mapping from errors to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from nybble.engine.engine_client import EngineClient
+from nybble.engine.errors import EngineDeadError, InvalidRequestError
+from nybble.server.chat_request import parse_chat_request, prepare_chat_request
+from nybble.server.completion import Completion
+from nybble.server.errors import (
+    APIError,
+    BadRequestError,
+    InternalError,
+    MethodError,
+    NotFoundError,
+    TooLargeError,
+    UnavailableError,
+)
+from nybble.server.schemas import ChatCompletionChunk, Model, ModelList
+from nybble.server.served_model import ServedModel
+from nybble.server.server_config import ServerConfig
+
+logger = logging.getLogger("nybble.server")
+
+T = TypeVar("T")
+_json = msgspec.json.Encoder()
+
+
+def create_app(engine: EngineClient, model: ServedModel, config: ServerConfig) -> Starlette:
+    """The API over `engine`, which tests may script."""
+    api = _API(engine, model, config)
+    handled = (APIError, HTTPException, InvalidRequestError, EngineDeadError, Exception)
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name:path}", api.model),
+            Route("/health", api.health),
+        ],
+        exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
+    )
+
+
+class _API:
+    def __init__(self, engine: EngineClient, model: ServedModel, config: ServerConfig) -> None:
+        self._engine = engine
+        self._model = model
+        self._config = config
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = await _read_body(request, self._config.max_body_bytes)
+        # Templates and tokenizers take long on long prompts: not on the event loop.
+        prepared = await asyncio.to_thread(
+            lambda: prepare_chat_request(parse_chat_request(body), self._model)
+        )
+        completion = Completion(prepared, self._engine, self._model, self._config.prices)
+        if not prepared.is_stream:
+            return _json_response(await _unless_disconnected(request, completion.whole()))
+        chunks = completion.chunks()
+        # An engine that cannot start the request must still be able to answer with a status.
+        first = await _unless_disconnected(request, _next(chunks))
+        return _EventStream(_server_sent_events(first, chunks))
+
+    async def models(self, request: Request) -> Response:
+        return _json_response(ModelList(data=[self._model_object()]))
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._model.name:
+            raise NotFoundError(f"the model {name!r} is not served here", "model", "model_not_found")
+        return _json_response(self._model_object())
+
+    async def health(self, request: Request) -> Response:
+        if not self._engine.is_alive:
+            raise UnavailableError("the engine is not running")
+        return _json_response({"status": "ok"})
+
+    def _model_object(self) -> Model:
+        model = self._model
+        return Model(id=model.name, created=model.created, max_model_len=model.max_model_len)
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The request body. Raises TooLargeError as soon as more than `limit` bytes are certain."""
+    body = bytearray()
+    declared = request.headers.get("content-length", "")
+    too_large = TooLargeError(f"the request body exceeds {limit} bytes", code="request_too_large")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, but cancel it when the client goes away (ClientDisconnect)."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await pending
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(chunks: AsyncGenerator[ChatCompletionChunk, None]) -> ChatCompletionChunk:
+    return await anext(chunks)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that close their source at once when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _server_sent_events(
+    first: ChatCompletionChunk, chunks: AsyncGenerator[ChatCompletionChunk, None]
+) -> AsyncGenerator[bytes, None]:
+    try:
+        yield _event(_json.encode(first))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield _event(_json.encode(chunk))
+    except Exception as error:  # the status is sent: what is left is to say so in the stream
+        yield _event(_json.encode(_api_error(error).body()))
+    yield _event(b"[DONE]")
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def _json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_json.encode(content), status, headers, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    answer = _api_error(error)
+    return _json_response(answer.body(), answer.status, answer.headers())
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's code for a client that is gone; nobody reads it
+
+
+def _api_error(error: Exception) -> APIError:
+    """The one mapping from what went wrong to what the client is told."""
+    match error:
+        case APIError():
+            return error
+        case InvalidRequestError():
+            return BadRequestError(str(error), error.parameter)
+        case EngineDeadError():
+            return UnavailableError(str(error), code="engine_dead")
+        case HTTPException(status_code=404):
+            return NotFoundError("no such route")
+        case HTTPException(status_code=405):
+            return MethodError("this route does not take that method")
+        case HTTPException():
+            return BadRequestError(error.detail)
+    logger.error("a request failed", exc_info=error)
+    return InternalError("the server failed to handle the request")

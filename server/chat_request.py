@@ -1,0 +1,195 @@
+"""From the bytes of a chat completion request to something that can be run, or an error that says why not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from nybble.engine.messages import SamplingParams
+from nybble.engine.tokenizer import ChatTemplateError
+from nybble.server.errors import BadRequestError, NotFoundError, UnprocessableError
+from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
+from nybble.server.served_model import ServedModel
+
+_decoder = msgspec.json.Decoder(ChatCompletionRequest)
+# msgspec ends its messages with " - at `$.messages[0].content`".
+_LOCATION = re.compile(r"^(?P<message>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+
+# Fields that are refused unless they hold a value that changes nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request as checked: what the engine runs, and how its text is cut and sent."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop_strings: tuple[str, ...]
+    is_stream: bool
+    include_usage: bool
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """Decode and check types, ranges and support; BadRequestError names the field."""
+    try:
+        request = _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, param = _split_location(str(error))
+        raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
+    _check_supported(request)
+    _check_combinations(request)
+    return request
+
+
+def prepare_chat_request(request: ChatCompletionRequest, model: ServedModel) -> ChatRequest:
+    """Render, tokenize and settle every default.
+
+    Raises:
+        NotFoundError: another model is named.
+        UnprocessableError: the chat template refuses the messages.
+        BadRequestError: prompt and answer do not fit in the context.
+    """
+    if request.model != model.name:
+        raise NotFoundError(
+            f"the model {request.model!r} is not served here; this is {model.name!r}",
+            "model",
+            "model_not_found",
+        )
+    messages = [_plain_message(index, m) for index, m in enumerate(request.messages)]
+    try:
+        prompt = model.tokenizer.render_chat(messages)
+    except ChatTemplateError as error:
+        raise UnprocessableError(str(error), "messages") from error
+    prompt_token_ids = model.tokenizer.encode(prompt)
+    return ChatRequest(
+        prompt_token_ids=prompt_token_ids,
+        sampling=_sampling(request, model, len(prompt_token_ids)),
+        stop_strings=_stop_strings(request.stop),
+        is_stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    )
+
+
+def _split_location(text: str) -> tuple[str, str | None]:
+    match = _LOCATION.match(text)
+    if match is None:
+        return text, None
+    message, path = match["message"], match["path"]
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+    return message, path or None
+
+
+def _check_supported(request: ChatCompletionRequest) -> None:
+    for name, harmless in _UNSUPPORTED.items():
+        value = getattr(request, name)
+        if value is not None and value not in harmless:
+            raise BadRequestError(
+                f"{name}: {_shown(value)} is not supported by this server", name, "unsupported_parameter"
+            )
+    for index, message in enumerate(request.messages):
+        if message.tool_calls:
+            name = f"messages[{index}].tool_calls"
+            raise BadRequestError(f"{name}: not supported by this server", name, "unsupported_parameter")
+
+
+def _check_combinations(request: ChatCompletionRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise BadRequestError("stream_options: needs stream to be true", "stream_options")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _plain_message(index: int, message: ChatMessage) -> dict[str, str]:
+    """Role and text as the template expects them: no parts, no null, developer as system."""
+    role = "system" if message.role == "developer" else message.role
+    content = message.content
+    if content is None:
+        if role != "assistant":
+            param = f"messages[{index}].content"
+            raise BadRequestError(f"{param}: missing for role {message.role!r}", param)
+        content = ""
+    if not isinstance(content, str):
+        content = "".join(_part_text(index, n, part) for n, part in enumerate(content))
+    return {"role": role, "content": content}
+
+
+def _part_text(index: int, number: int, part: TextPart) -> str:
+    param = f"messages[{index}].content[{number}]"
+    if part.type != "text":
+        raise BadRequestError(f"{param}: type {part.type!r} is not supported, only 'text'", param)
+    if part.text is None:
+        raise BadRequestError(f"{param}.text: missing", f"{param}.text")
+    return part.text
+
+
+def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def _sampling(request: ChatCompletionRequest, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
+    defaults = model.sampling_defaults
+    return SamplingParams(
+        max_tokens=_max_tokens(request, model.max_model_len, num_prompt_tokens),
+        temperature=_first(request.temperature, defaults.temperature),
+        top_k=max(_first(request.top_k, defaults.top_k), 0),  # vLLM's -1 is off too
+        top_p=_first(request.top_p, defaults.top_p),
+        min_p=_first(request.min_p, 0.0),
+        seed=None if request.seed is None else request.seed & 0x7FFF_FFFF_FFFF_FFFF,
+        stop_token_ids=model.stop_token_ids,
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+def _max_tokens(request: ChatCompletionRequest, limit: int, num_prompt_tokens: int) -> int:
+    """What was asked for, or all the room that the prompt leaves."""
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise BadRequestError(
+            f"messages: the prompt has {num_prompt_tokens} tokens; with at least one to answer it "
+            f"exceeds the context of {limit} tokens",
+            "messages",
+            "context_length_exceeded",
+        )
+    name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+    asked = request.max_completion_tokens or request.max_tokens
+    if asked is not None and asked > room:
+        raise BadRequestError(
+            f"{name}: {num_prompt_tokens} prompt tokens and {asked} to answer exceed the context "
+            f"of {limit} tokens; at most {room} are left",
+            name,
+            "context_length_exceeded",
+        )
+    return asked or room
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value

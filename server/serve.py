@@ -1,0 +1,84 @@
+"""Puts the engine process and the HTTP server together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+
+from nybble.engine.engine_client import SubprocessEngine
+from nybble.engine.errors import NybbleError
+from nybble.engine.tokenizer import Tokenizer
+from nybble.server.app import create_app
+from nybble.server.served_model import describe_model
+from nybble.server.server_config import ServeConfig, ServerConfig
+
+logger = logging.getLogger("nybble.server")
+
+
+class BindError(NybbleError):
+    """The address cannot be listened on."""
+
+
+async def serve(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Raises NybbleError if it cannot start."""
+    async with prepared_server(config) as (server, sock):
+        host, port = sock.getsockname()[:2]
+        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        await server.serve(sockets=[sock])
+
+
+@asynccontextmanager
+async def prepared_server(
+    config: ServeConfig,
+) -> AsyncGenerator[tuple[uvicorn.Server, socket.socket], None]:
+    """A server ready to serve on a bound socket, with its engine loaded; the engine ends with it.
+
+    Raises:
+        BindError: the port is in use or the address is not ours.
+        NybbleError: the checkpoint or an option is bad.
+    """
+    sock = _bind(config.server)
+    engine = SubprocessEngine(config.engine)
+    try:
+        ready = await engine.start()
+        tokenizer = await asyncio.to_thread(Tokenizer, Path(config.engine.checkpoint))
+        model = describe_model(config.server.served_model_name, tokenizer, ready)
+        app = create_app(engine, model, config.server)
+        logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=config.server.shutdown_timeout,
+        )
+        yield uvicorn.Server(settings), sock
+    finally:
+        sock.close()
+        await engine.stop()
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """Reserve the port at once, so that a taken one is known before the weights are loaded.
+
+    It is bound but does not listen: until the engine is ready, a client is refused, not left waiting.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise BindError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+    return sock

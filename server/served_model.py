@@ -1,0 +1,69 @@
+"""The model as the API shows it: its name, tokenizer, limits and defaults."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble.engine.errors import ConfigError
+from nybble.engine.messages import EngineReady
+from nybble.engine.model_config import read_json_object
+from nybble.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What generation_config.json says a request means when it says nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """`created`: Unix time at which serving began."""
+
+    name: str
+    tokenizer: Tokenizer
+    max_model_len: int
+    stop_token_ids: tuple[int, ...]
+    sampling_defaults: SamplingDefaults
+    created: int
+
+
+def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -> ServedModel:
+    """Join what the engine reported with the checkpoint's generation_config.json, if it has one.
+
+    Raises:
+        ConfigError: that file holds a value of a wrong type.
+    """
+    directory = Path(ready.config.checkpoint)
+    path = directory / "generation_config.json"
+    fields = read_json_object(path) if path.exists() else {}
+    eos = fields.get("eos_token_id")
+    extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token_id, int) for token_id in extra):
+        raise ConfigError(f"generation_config.json: field 'eos_token_id' is {eos!r}")
+    return ServedModel(
+        name=name or directory.resolve().name,
+        tokenizer=tokenizer,
+        max_model_len=ready.max_model_len,
+        stop_token_ids=tuple(dict.fromkeys((*ready.eos_token_ids, *extra))),
+        sampling_defaults=SamplingDefaults(
+            temperature=_number(fields, "temperature", 1.0),
+            top_p=_number(fields, "top_p", 1.0),
+            top_k=int(_number(fields, "top_k", 0)),
+        ),
+        created=int(time.time()),
+    )
+
+
+def _number(fields: dict[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"generation_config.json: field {name!r} is {value!r}")
+    return value

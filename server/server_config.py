@@ -1,0 +1,30 @@
+"""Options of the HTTP server. A field's metadata is its help text on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nybble.engine.engine_config import EngineConfig
+from nybble.server.prices import Prices
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 picks a free one"})
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "name of the model in the API (default: the directory's)"}
+    )
+    max_body_bytes: int = field(default=16 << 20, metadata={"help": "largest request body that is read"})
+    shutdown_timeout: int = field(
+        default=30, metadata={"help": "seconds that open requests may go on after SIGTERM"}
+    )
+    prices: Prices = field(default_factory=Prices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that `nybble serve` takes."""
+
+    engine: EngineConfig
+    server: ServerConfig = field(default_factory=ServerConfig)
