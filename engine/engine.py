@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from nybble.engine.errors import InvalidRequestError
+from nybble.engine.errors import ContextLengthError, InvalidRequestError
 from nybble.engine.messages import EngineStats, Request, TokenEvent
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
@@ -94,7 +94,7 @@ class Engine:
         )
 
     def _check(self, request: Request) -> None:
-        prompt, limit = request.prompt_token_ids, self._limits.max_model_len
+        prompt = request.prompt_token_ids
         if request.request_id in self._active:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
         if not prompt:
@@ -105,9 +105,4 @@ class Engine:
             )
         if request.sampling.max_tokens < 1:
             raise InvalidRequestError("max_tokens must be at least 1", "max_tokens")
-        if len(prompt) + request.sampling.max_tokens > limit:
-            raise InvalidRequestError(
-                f"{len(prompt)} prompt tokens and max_tokens = {request.sampling.max_tokens} "
-                f"exceed the context of {limit} tokens",
-                "max_tokens",
-            )
+        ContextLengthError.check(len(prompt), request.sampling.max_tokens, self._limits.max_model_len)

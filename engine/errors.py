@@ -5,6 +5,7 @@ NybbleError
 │   └── ConfigError      a field of its config.json that is missing or unsupported
 ├── OptionError          an option that cannot be satisfied on this machine
 ├── InvalidRequestError  a request that the engine refuses, naming its parameter
+│   └── ContextLengthError   prompt and answer together are longer than the context
 └── EngineDeadError      the engine process ended; the request was lost with it
 """
 
@@ -33,6 +34,26 @@ class InvalidRequestError(NybbleError):
     def __init__(self, message: str, parameter: str) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer do not fit in the context. `parameter` is "prompt" or "max_tokens"."""
+
+    @classmethod
+    def check(cls, num_prompt_tokens: int, max_tokens: int, limit: int) -> None:
+        """Raise unless a prompt and `max_tokens` of answer fit in a context of `limit` tokens."""
+        if num_prompt_tokens >= limit:
+            raise cls(
+                f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer in the "
+                f"context of {limit} tokens",
+                "prompt",
+            )
+        if num_prompt_tokens + max_tokens > limit:
+            raise cls(
+                f"{num_prompt_tokens} prompt tokens and {max_tokens} of answer exceed the context of "
+                f"{limit} tokens; at most {limit - num_prompt_tokens} are left",
+                "max_tokens",
+            )
 
 
 class EngineDeadError(NybbleError):

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.errors import EngineDeadError, InvalidRequestError
+from nybble.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.completion import Completion
 from nybble.server.errors import (
@@ -181,6 +181,8 @@ def _api_error(error: Exception) -> APIError:
     match error:
         case APIError():
             return error
+        case ContextLengthError():
+            return BadRequestError(str(error), error.parameter, "context_length_exceeded")
         case InvalidRequestError():
             return BadRequestError(str(error), error.parameter)
         case EngineDeadError():

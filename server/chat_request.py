@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
+from nybble.engine.errors import ContextLengthError
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import ChatTemplateError
 from nybble.server.errors import BadRequestError, NotFoundError, UnprocessableError
+from nybble.server.sampling_options import SamplingOptions
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
 from nybble.server.served_model import ServedModel
 
@@ -156,40 +158,18 @@ def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _sampling(request: ChatCompletionRequest, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
-    defaults = model.sampling_defaults
-    return SamplingParams(
-        max_tokens=_max_tokens(request, model.max_model_len, num_prompt_tokens),
-        temperature=_first(request.temperature, defaults.temperature),
-        top_k=max(_first(request.top_k, defaults.top_k), 0),  # vLLM's -1 is off too
-        top_p=_first(request.top_p, defaults.top_p),
-        min_p=_first(request.min_p, 0.0),
-        seed=None if request.seed is None else request.seed & 0x7FFF_FFFF_FFFF_FFFF,
-        stop_token_ids=model.stop_token_ids,
+    options = SamplingOptions(
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p or 0.0,
+        seed=request.seed,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-
-
-def _max_tokens(request: ChatCompletionRequest, limit: int, num_prompt_tokens: int) -> int:
-    """What was asked for, or all the room that the prompt leaves."""
-    room = limit - num_prompt_tokens
-    if room < 1:
-        raise BadRequestError(
-            f"messages: the prompt has {num_prompt_tokens} tokens; with at least one to answer it "
-            f"exceeds the context of {limit} tokens",
-            "messages",
-            "context_length_exceeded",
-        )
-    name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-    asked = request.max_completion_tokens or request.max_tokens
-    if asked is not None and asked > room:
-        raise BadRequestError(
-            f"{name}: {num_prompt_tokens} prompt tokens and {asked} to answer exceed the context "
-            f"of {limit} tokens; at most {room} are left",
-            name,
-            "context_length_exceeded",
-        )
-    return asked or room
-
-
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value
+    try:
+        return options.resolve(model, num_prompt_tokens)
+    except ContextLengthError as error:
+        answer_length = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+        param = "messages" if error.parameter == "prompt" else answer_length
+        raise BadRequestError(f"{param}: {error}", param, "context_length_exceeded") from error

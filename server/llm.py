@@ -1,0 +1,140 @@
+"""Offline use from Python: load a checkpoint and generate, without a server.
+
+from nybble.engine.engine_config import EngineConfig
+from nybble.server.llm import LLM
+from nybble.server.sampling_options import SamplingOptions
+
+llm = LLM(EngineConfig(checkpoint="build/demo-checkpoint"))
+answers = llm.chat([[{"role": "user", "content": "What is the capital of France?"}]])
+print(answers[0].text)
+texts = llm.generate(["Once upon a time", "1, 2, 3,"], SamplingOptions(max_tokens=20), stop=["."])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nybble.engine.engine import Engine
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.loading import load_engine, prepare
+from nybble.engine.messages import FinishReason, Request, TokenEvent
+from nybble.engine.tokenizer import Tokenizer
+from nybble.server.sampling_options import SamplingOptions
+from nybble.server.schemas import LogprobEntry
+from nybble.server.served_model import ServedModel, describe_model
+from nybble.server.text_stream import TextStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedText:
+    """`token_ids` are all that were generated, stop tokens and what a stop string cut off included."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[LogprobEntry, ...]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class LLM:
+    """A model in this process. Not thread-safe; prompts given together run together."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the checkpoint. Raises CheckpointError or OptionError."""
+        preparation = prepare(config)
+        tokenizer = Tokenizer(Path(config.checkpoint))
+        self._model: ServedModel = describe_model(None, tokenizer, preparation.ready_message())
+        self._engine: Engine = load_engine(preparation)
+
+    def generate(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        options: SamplingOptions | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[GeneratedText]:
+        """Continue each prompt, a text or token ids; results in the order of the prompts.
+
+        Raises:
+            InvalidRequestError: a prompt cannot be run; then none is.
+        """
+        encode = self._model.tokenizer.encode
+        token_ids = [encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+        return self._run(token_ids, options or SamplingOptions(), stop)
+
+    def chat(
+        self,
+        conversations: Iterable[Sequence[Mapping[str, str]]],
+        options: SamplingOptions | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[GeneratedText]:
+        """Answer each conversation, a list of {"role", "content"} messages, by the chat template.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages.
+            InvalidRequestError: a prompt cannot be run; then none is.
+        """
+        render = self._model.tokenizer.render_chat
+        return self.generate([render(messages) for messages in conversations], options, stop)
+
+    def _run(
+        self, prompts: Sequence[tuple[int, ...]], options: SamplingOptions, stop: Sequence[str]
+    ) -> list[GeneratedText]:
+        answers = {str(n): _Answer(prompt, self._text_stream(stop)) for n, prompt in enumerate(prompts)}
+        try:
+            for request_id, answer in answers.items():
+                sampling = options.resolve(self._model, len(answer.prompt))
+                self._engine.add(
+                    Request(request_id=request_id, prompt_token_ids=answer.prompt, sampling=sampling)
+                )
+            while self._engine.has_work:
+                for event in self._engine.step():
+                    self._take(event, answers[event.request_id])
+        except BaseException:  # a bad prompt or Ctrl-C must not leave the others running
+            for request_id in answers:
+                self._engine.abort(request_id)
+            raise
+        return [answer.result() for answer in answers.values()]
+
+    def _take(self, event: TokenEvent, answer: _Answer) -> None:
+        answer.take(event)
+        if answer.finish_reason is not None and event.finish_reason is None:
+            self._engine.abort(event.request_id)  # a stop string ended it
+
+    def _text_stream(self, stop: Sequence[str]) -> TextStream:
+        return TextStream(self._model.tokenizer, stop)
+
+
+@dataclass
+class _Answer:
+    """One prompt's answer as it grows."""
+
+    prompt: tuple[int, ...]
+    text_stream: TextStream
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+    def take(self, event: TokenEvent) -> None:
+        delta = self.text_stream.feed(event)
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.token_ids.append(event.token_id)
+        self.finish_reason = delta.finish_reason
+        self.num_cached_tokens = event.num_cached_tokens
+
+    def result(self) -> GeneratedText:
+        if self.finish_reason is None:
+            raise RuntimeError("the engine has no work left, but this answer is unfinished")
+        return GeneratedText(
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.prompt),
+            num_cached_tokens=self.num_cached_tokens,
+        )
