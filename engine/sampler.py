@@ -11,8 +11,7 @@ from torch import Tensor
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.step import Chunk, SampledToken
 from nybble.kernels.ops import Ops, SamplingBatch, W
-
-_MASK64 = (1 << 64) - 1
+from nybble.kernels.random_bits import draw_bits
 
 
 class Sampler(Generic[W]):
@@ -34,23 +33,6 @@ class Sampler(Generic[W]):
         ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on seed and position only.
-
-    SplitMix64 (Steele, Lea, Flood 2014) of the position-th state after the seed: without a running
-    generator a request draws the same numbers alone, in a batch, or computed again after preemption.
-    """
-    state = _mix(_mix(seed & _MASK64) + position * 0x9E3779B97F4A7C15 & _MASK64)
-    return (state >> 11) * 2.0**-53
-
-
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
-    return value ^ value >> 31
-
-
 def _sampling_of(chunk: Chunk) -> SamplingParams:
     if chunk.sampling is None:
         raise ValueError(f"request {chunk.request_id}: its chunk has nothing to sample")
@@ -64,7 +46,7 @@ def _sampling_batch(
         return torch.tensor(values, dtype=dtype).to(device)
 
     draws = [
-        uniform(p.seed or 0, chunk.start + len(chunk.token_ids))
+        draw_bits(p.seed or 0, chunk.start + len(chunk.token_ids))
         for p, chunk in zip(params, chunks, strict=True)
     ]
     return SamplingBatch(
@@ -72,7 +54,7 @@ def _sampling_batch(
         top_ks=column([p.top_k for p in params], torch.int64),
         top_ps=column([p.top_p for p in params], torch.float32),
         min_ps=column([p.min_p for p in params], torch.float32),
-        uniforms=column(draws, torch.float64),
+        draws=column(draws, torch.int64),
     )
 
 

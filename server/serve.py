@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -27,16 +28,37 @@ class BindError(NybbleError):
 
 async def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises NybbleError if it cannot start."""
-    async with prepared_server(config) as (server, sock):
-        host, port = sock.getsockname()[:2]
-        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        await server.serve(sockets=[sock])
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel if task else loop.stop)
+    with suppress(asyncio.CancelledError):
+        async with prepared_server(config) as (server, sock):
+            host, port = sock.getsockname()[:2]
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, server.stop)
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            await server.serve(sockets=[sock])
+            logger.info("stopped")
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn, but signals are ours: its own handling raises them again after a graceful end, which
+    would skip ending the engine and turn exit code 0 into a death by signal."""
+
+    def stop(self) -> None:
+        """Finish open requests within the timeout; called again, at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 @asynccontextmanager
 async def prepared_server(
     config: ServeConfig,
-) -> AsyncGenerator[tuple[uvicorn.Server, socket.socket], None]:
+) -> AsyncGenerator[tuple[HTTPServer, socket.socket], None]:
     """A server ready to serve on a bound socket, with its engine loaded; the engine ends with it.
 
     Raises:
@@ -57,7 +79,7 @@ async def prepared_server(
             access_log=False,
             timeout_graceful_shutdown=config.server.shutdown_timeout,
         )
-        yield uvicorn.Server(settings), sock
+        yield HTTPServer(settings), sock
     finally:
         sock.close()
         await engine.stop()

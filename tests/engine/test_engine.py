@@ -1,0 +1,162 @@
+"""The engine must give a request the same tokens whatever happens around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
+from tiny_glm import make_checkpoint
+
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import ContextLengthError, InvalidRequestError
+from nybble.engine.messages import Request
+
+LENGTHS = (1, 5, 15, 16, 17, 31, 40, 64)
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 40}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("glm")
+    make_checkpoint(directory, seed=11)
+    return directory
+
+
+def requests() -> list[Request]:
+    """Greedy and sampled in turn, of many lengths."""
+    return [
+        request(str(n), random_prompt(length, seed=n), 24, seed=n, **(SAMPLED if n % 2 else {}))
+        for n, length in enumerate(LENGTHS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> dict[str, list[int]]:
+    """Each request's tokens when it runs by itself, without any cache."""
+    results = {}
+    for item in requests():
+        results |= run(tiny_engine(tiny_config(checkpoint)), item)
+    return {request_id: tokens(events) for request_id, events in results.items()}
+
+
+def check_same(config: EngineConfig, alone: dict[str, list[int]]) -> None:
+    results = run(tiny_engine(config), *requests())
+    assert {request_id: tokens(events) for request_id, events in results.items()} == alone
+
+
+def test_batched_equals_alone(checkpoint: Path, alone: dict[str, list[int]]) -> None:
+    check_same(tiny_config(checkpoint), alone)
+
+
+@pytest.mark.parametrize("budget", [8, 13, 50])
+def test_chunked_equals_whole(checkpoint: Path, alone: dict[str, list[int]], budget: int) -> None:
+    check_same(tiny_config(checkpoint, max_num_batched_tokens=budget, max_num_seqs=8), alone)
+
+
+def test_preempted_equals_not(checkpoint: Path, alone: dict[str, list[int]]) -> None:
+    config = replace(tiny_config(checkpoint, kv_cache_memory=0.0002), max_model_len=100)
+    engine = tiny_engine(config)
+    results = run(engine, *requests())
+    assert engine.stats().num_preemptions > 0, "the pool is too large for this test"
+    assert {request_id: tokens(events) for request_id, events in results.items()} == alone
+
+
+def test_cached_prefix_equals_uncached(checkpoint: Path, alone: dict[str, list[int]]) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    for _ in range(2):
+        results = run(engine, *requests())
+        assert {request_id: tokens(events) for request_id, events in results.items()} == alone
+    cached = {request_id: events[0].num_cached_tokens for request_id, events in results.items()}
+    assert cached == {str(n): (length - 1) // 16 * 16 for n, length in enumerate(LENGTHS)}
+
+
+def test_shared_prefix_is_cached_across_requests(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    system = random_prompt(48, seed=20)
+    run(engine, request("a", system + random_prompt(9, seed=21)))
+    events = run(engine, request("b", system + random_prompt(7, seed=22)))["b"]
+    assert events[0].num_cached_tokens == 48
+    alone = run(tiny_engine(tiny_config(checkpoint)), request("b", system + random_prompt(7, seed=22)))
+    assert tokens(events) == tokens(alone["b"])
+
+
+def test_same_seed_same_tokens_other_seed_others(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    prompt = random_prompt(10, seed=30)
+    first, again, other = (
+        tokens(run(engine, request("a", prompt, 32, seed=seed, temperature=1.0))["a"]) for seed in (7, 7, 8)
+    )
+    assert first == again != other
+
+
+def test_without_a_seed_answers_differ(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    prompt = random_prompt(10, seed=31)
+    answers = {tuple(tokens(run(engine, request("a", prompt, 32, temperature=1.0))["a"])) for _ in range(3)}
+    assert len(answers) == 3
+
+
+def test_ends_at_max_tokens_and_at_stop_tokens(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    prompt = random_prompt(10, seed=32)
+    events = run(engine, request("a", prompt, 20))["a"]
+    assert [event.finish_reason for event in events] == [None] * 19 + ["length"]
+    stop = events[4].token_id
+    stopped = run(engine, request("a", prompt, 20, stop_token_ids=(stop,)))["a"]
+    first = tokens(events).index(stop)
+    assert tokens(stopped) == tokens(events)[: first + 1]
+    assert stopped[-1].finish_reason == "stop"
+
+
+def test_abort_frees_everything_at_once(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    free = engine.stats().num_free_blocks
+    engine.add(request("a", random_prompt(40, seed=33), 50))
+    for _ in range(3):
+        engine.step()
+    assert engine.stats().num_free_blocks < free
+    engine.abort("a")
+    engine.abort("unknown")
+    assert engine.stats().num_free_blocks == free
+    assert not engine.has_work
+    engine.check()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "parameter"),
+    [
+        ((), 5, "prompt"),
+        ((1, 160), 5, "prompt"),
+        ((-1,), 5, "prompt"),
+        ((1, 2), 0, "max_tokens"),
+        ((1,) * 500, 13, "max_tokens"),
+        ((1,) * 512, 1, "prompt"),
+    ],
+)
+def test_refuses_by_parameter(
+    checkpoint: Path, prompt: tuple[int, ...], max_tokens: int, parameter: str
+) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.add(request("a", prompt, max_tokens))
+    assert caught.value.parameter == parameter
+    assert not engine.has_work
+
+
+def test_fills_the_context_exactly(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    assert len(run(engine, request("a", (1,) * 500, 12))["a"]) == 12
+    with pytest.raises(ContextLengthError, match="at most 12 are left"):
+        engine.add(request("b", (1,) * 500, 13))
+
+
+def test_refuses_an_id_in_use_only_while_in_use(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    engine.add(request("a", (1, 2)))
+    with pytest.raises(InvalidRequestError, match="in use"):
+        engine.add(request("a", (1, 2)))
+    while engine.has_work:
+        engine.step()
+    engine.add(request("a", (1, 2)))

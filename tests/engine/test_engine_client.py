@@ -1,0 +1,192 @@
+"""A real engine process: its events, its death, and what it costs when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import running as running_module
+from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
+from tiny_glm import make_checkpoint
+
+from nybble.engine.engine_client import EngineStartError, SubprocessEngine
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import EngineDeadError, InvalidRequestError
+from nybble.engine.messages import EngineStats, Request
+
+DEADLINE = 60.0  # seconds; only a hang reaches it
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    directory = tmp_path_factory.mktemp("glm")
+    make_checkpoint(directory, seed=12)
+    return tiny_config(directory)
+
+
+@asynccontextmanager
+async def running(config: EngineConfig) -> AsyncGenerator[SubprocessEngine, None]:
+    engine = SubprocessEngine(config)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def drive(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, DEADLINE))
+
+
+async def collect(engine: SubprocessEngine, item: Request) -> list[int]:
+    return [event.token_id async for event in engine.generate(item)]
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Poll: the process on the other side gives no other sign."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def child() -> psutil.Process:
+    (process,) = psutil.Process().children()
+    return process
+
+
+def is_idle(stats: EngineStats | None) -> bool:
+    return stats is not None and stats.num_running == stats.num_waiting == 0
+
+
+def has_all_blocks(stats: EngineStats | None) -> bool:
+    return stats is not None and stats.num_free_blocks == stats.num_blocks
+
+
+def test_same_tokens_as_in_process(config: EngineConfig) -> None:
+    items = [request(str(n), random_prompt(20 + n, seed=n), 20) for n in range(6)]
+    expected = {name: tokens(events) for name, events in run(tiny_engine(config), *items).items()}
+
+    async def work() -> None:
+        async with running(config) as engine:
+            results = await asyncio.gather(*(collect(engine, item) for item in items))
+            assert dict(zip(expected, results, strict=True)) == expected
+
+    drive(work())
+
+
+def test_refusal_names_the_parameter_and_disturbs_nobody(config: EngineConfig) -> None:
+    async def work() -> None:
+        async with running(config) as engine:
+            good = asyncio.create_task(collect(engine, request("good", (1, 2, 3), 30)))
+            with pytest.raises(InvalidRequestError) as caught:
+                await collect(engine, request("bad", (1,) * 512, 1))
+            assert caught.value.parameter == "prompt"
+            assert len(await good) == 30
+
+    drive(work())
+
+
+def test_closing_the_iterator_aborts_and_frees_the_blocks(config: EngineConfig) -> None:
+    async def work() -> None:
+        async with running(config) as engine:
+            async with aclosing(engine.generate(request("a", (1, 2, 3), 500))) as events:
+                await anext(events)
+            await until(lambda: is_idle(engine.stats) and has_all_blocks(engine.stats))
+
+    drive(work())
+
+
+def test_death_answers_every_open_request_and_the_engine_comes_back(config: EngineConfig) -> None:
+    async def work() -> None:
+        async with running(config) as engine:
+            streams = [engine.generate(request(str(n), (1, 2, 3), 500)) for n in range(3)]
+            for stream in streams:
+                await anext(stream)
+            child().send_signal(signal.SIGKILL)
+            for stream in streams:
+                with pytest.raises(EngineDeadError):
+                    while True:
+                        await anext(stream)
+            with pytest.raises(EngineDeadError):
+                await collect(engine, request("too soon", (1, 2, 3)))
+            await until(lambda: engine.is_alive)
+            assert len(await collect(engine, request("after", (1, 2, 3), 7))) == 7
+
+    drive(work())
+
+
+def test_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
+    async def work() -> None:
+        async with running(config) as engine:
+            await collect(engine, request("a", (1, 2, 3), 5))
+            await until(lambda: is_idle(engine.stats))
+            process = child()
+            before = process.cpu_times()
+            await asyncio.sleep(1.0)
+            after = process.cpu_times()
+            assert (after.user + after.system) - (before.user + before.system) == 0.0
+
+    drive(work())
+
+
+def test_stop_leaves_no_process(config: EngineConfig) -> None:
+    async def work() -> None:
+        async with running(config):
+            process = child()
+        assert not process.is_running()
+
+    drive(work())
+
+
+SERVER = """
+import asyncio, sys, psutil
+from running import tiny_config
+from nybble.engine.engine_client import SubprocessEngine
+
+async def main():
+    await SubprocessEngine(tiny_config(sys.argv[1])).start()
+    print(psutil.Process().children()[0].pid, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+def test_engine_ends_when_its_server_is_killed(config: EngineConfig) -> None:
+    command = [sys.executable, "-c", SERVER, config.checkpoint]
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(running_module.__file__)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as server:
+        assert server.stdout is not None
+        engine = psutil.Process(int(server.stdout.readline()))
+        server.kill()
+    psutil.wait_procs([engine], timeout=DEADLINE)
+    assert not engine.is_running()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "config.json").unlink(), "config.json: no such file"),
+        (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors"),
+    ],
+)
+def test_bad_checkpoint_is_reported_and_leaves_no_process(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    make_checkpoint(tmp_path)
+    damage(tmp_path)
+
+    async def work() -> None:
+        with pytest.raises(EngineStartError, match=message):
+            await SubprocessEngine(tiny_config(tmp_path)).start()
+
+    drive(work())
+    assert psutil.Process().children() == []

@@ -1,0 +1,272 @@
+"""A real server process over the demo model, driven by the official client and by raw HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+NYBBLE = Path(sys.executable).with_name("nybble")
+MODEL = "demo-checkpoint"
+FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+DEADLINE = 60.0  # seconds; only a hang reaches it
+
+
+@dataclass
+class Server:
+    url: str
+    process: psutil.Process
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = self.process.children()
+        return child
+
+
+@pytest.fixture(scope="module")
+def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen([NYBBLE, "serve", demo_checkpoint, "--port", "0"], stderr=output)
+    try:
+        yield Server(_wait_until_listening(log, process), psutil.Process(process.pid))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def _wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline and process.poll() is None:
+        match = re.search(r"listening on (http://\S+)", log.read_text())
+        if match:
+            return match[1]
+        time.sleep(0.05)
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, question: str, **options: Any) -> openai.types.chat.ChatCompletion:
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        **({"temperature": 0, "max_tokens": 40} | options),
+    )
+
+
+def stream_text(client: openai.OpenAI, question: str, **options: Any) -> tuple[str, str | None]:
+    text, reason = "", None
+    chunks = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        stream=True,
+        **({"temperature": 0, "max_tokens": 40} | options),
+    )
+    for chunk in chunks:
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return text, reason
+
+
+def content(completion: openai.types.chat.ChatCompletion) -> str:
+    text = completion.choices[0].message.content
+    assert text is not None
+    return text
+
+
+def test_names_paris(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0)
+    assert "Paris" in content(completion)
+    assert completion.choices[0].finish_reason == "stop"
+
+
+def test_lists_the_model(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == MODEL
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+QUESTIONS = [
+    ("Count from one to ten.", {}),
+    ("Name three colours.", {"temperature": 1.0, "seed": 5, "top_p": 0.9}),
+    ("Say hello in Chinese, Japanese, Russian and Greek.", {"max_tokens": 80}),
+    ("Write five emoji.", {"temperature": 1.5, "seed": 3, "max_tokens": 80}),
+]
+
+
+@pytest.mark.parametrize(("question", "options"), QUESTIONS)
+def test_stream_equals_not_streamed(client: openai.OpenAI, question: str, options: dict[str, Any]) -> None:
+    whole = ask(client, question, **options)
+    assert stream_text(client, question, **options) == (content(whole), whole.choices[0].finish_reason)
+
+
+def test_characters_of_several_bytes_arrive_whole(client: openai.OpenAI) -> None:
+    """At a temperature this high the model draws arbitrary bytes; what is text must still be text."""
+    options = {"temperature": 2.0, "seed": 1, "max_tokens": 100}
+    text, _ = stream_text(client, "Emoji and Chinese, please: 你好 😀", **options)
+    assert text == content(ask(client, "Emoji and Chinese, please: 你好 😀", **options))
+    assert any(ord(character) > 0x7FF and character != "\ufffd" for character in text)
+
+
+def test_stop_string_across_token_borders(client: openai.OpenAI) -> None:
+    question = "Count from one to ten in digits, separated by commas."
+    full = content(ask(client, question, max_tokens=24))
+    for start in range(4, 20, 3):
+        stop = full[start : start + 4]
+        expected = full[: full.find(stop)]
+        completion = ask(client, question, max_tokens=24, stop=[stop, "never appears"])
+        assert content(completion) == expected
+        assert completion.choices[0].finish_reason == "stop"
+        assert stream_text(client, question, max_tokens=24, stop=stop) == (expected, "stop")
+
+
+def test_usage_cache_and_cost(client: openai.OpenAI) -> None:
+    question = "How do I use the prefix cache? " * 20
+    first, second = (ask(client, question, max_tokens=5).usage for _ in range(2))
+    assert first is not None and second is not None
+    assert first.completion_tokens == 5
+    assert first.total_tokens == first.prompt_tokens + 5
+    assert first.prompt_tokens_details is not None and second.prompt_tokens_details is not None
+    assert first.prompt_tokens_details.cached_tokens == 0
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached == (second.prompt_tokens - 1) // 16 * 16
+    assert second.model_extra is not None
+    price = (second.prompt_tokens - cached) * 0.43 + cached * 0.08 + 5 * 1.75
+    assert second.model_extra["estimated_cost"] == pytest.approx(price / 1e6)
+
+
+def test_streamed_usage_comes_last_and_only_if_asked_for(client: openai.OpenAI) -> None:
+    def chunks(**options: Any) -> list[Any]:
+        return list(
+            client.chat.completions.create(
+                model=MODEL, messages=FRANCE, max_tokens=4, temperature=0, stream=True, **options
+            )
+        )
+
+    *others, last = chunks(stream_options={"include_usage": True})
+    assert last.choices == [] and last.usage.completion_tokens == 4
+    assert all(chunk.usage is None for chunk in others)
+    assert all(chunk.usage is None for chunk in chunks())
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    logprobs = ask(client, "Hello!", logprobs=True, top_logprobs=3, max_tokens=6).choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    for entry in logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].logprob == pytest.approx(entry.logprob)  # greedy
+        assert entry.logprob <= 0
+
+
+def test_32_chats_at_once(client: openai.OpenAI) -> None:
+    """Each gets the answer it gets alone."""
+    questions = [f"What is {n} + {n + 1}?" for n in range(32)]
+    alone = [content(ask(client, question, max_tokens=16)) for question in questions[:6]]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(lambda q: stream_text(client, q, max_tokens=16)[0], questions))
+    assert together[:6] == alone
+    assert all(together)
+
+
+def test_raw_stream_ends_in_done(server: Server) -> None:
+    body = {"model": MODEL, "messages": FRANCE, "stream": True, "max_tokens": 3}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: ") for event in events[:-1])
+    assert json.loads(events[0].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_closed_connection_aborts(server: Server, client: openai.OpenAI, is_stream: bool) -> None:
+    """4,000 tokens would keep the engine busy for minutes; it must fall idle at once instead."""
+    question = {"role": "user", "content": "Tell me a very long story."}
+    body = {"model": MODEL, "messages": [question], "stream": is_stream, "max_tokens": 4000}
+    # A temperature of 2 never ends its turn by itself.
+    payload = json.dumps(body | {"temperature": 2.0, "seed": 4}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(payload)}\r\n\r\n"
+        connection.sendall(head.encode() + payload)
+        _wait_until(lambda: _cpu_over(server.engine, 0.3) > 0.2)
+    _wait_until(lambda: _cpu_over(server.engine, 0.3) == 0.0)
+
+
+def _cpu_over(process: psutil.Process, seconds: float) -> float:
+    """CPU seconds that a process uses in the next `seconds`."""
+    before = process.cpu_times()
+    time.sleep(seconds)
+    after = process.cpu_times()
+    return (after.user + after.system) - (before.user + before.system)
+
+
+def _wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "param"),
+    [
+        ({"model": "gpt-4"}, openai.NotFoundError, "model"),
+        ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x " * 20_000}]}, openai.BadRequestError, "messages"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+    ],
+)
+def test_bad_requests_through_the_client(
+    client: openai.OpenAI, options: dict[str, Any], error: type[openai.APIStatusError], param: str
+) -> None:
+    with pytest.raises(error) as caught:
+        client.chat.completions.create(**({"model": MODEL, "messages": FRANCE} | options))
+    assert caught.value.body["param"] == param  # type: ignore[index]
+
+
+def test_too_large_a_body(server: Server) -> None:
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=b" " * (17 << 20))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+
+
+def test_survives_the_engine(server: Server, client: openai.OpenAI) -> None:
+    """Killed in the middle of an answer: that answer ends in an error, health says so, service returns."""
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=FRANCE, max_tokens=2000, temperature=2.0, seed=4, stream=True
+    )
+    next(iter(chunks))
+    os.kill(server.engine.pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine stopped"):
+        list(chunks)
+    deadline = time.monotonic() + DEADLINE
+    while (health := httpx.get(f"{server.url}/health")).status_code != 200:
+        assert health.status_code == 503 and "error" in health.json()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "Paris" in content(client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0))
