@@ -1,0 +1,61 @@
+"""Offline generation on the demo model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nybble.engine.engine_config import CacheConfig, EngineConfig
+from nybble.engine.errors import ContextLengthError, InvalidRequestError
+from nybble.server.llm import LLM
+from nybble.server.sampling_options import SamplingOptions
+
+GREEDY = SamplingOptions(temperature=0.0, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def llm(demo_checkpoint: Path) -> LLM:
+    cache = CacheConfig(kv_cache_memory=0.5)
+    return LLM(EngineConfig(checkpoint=str(demo_checkpoint), device="cpu", cache=cache))
+
+
+def test_chat_names_paris(llm: LLM) -> None:
+    (answer,) = llm.chat([[{"role": "user", "content": "What is the capital of France?"}]], GREEDY)
+    assert "Paris" in answer.text
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["The capital of Germany is", "1, 2, 3, 4,", "Once upon a time"]
+    together = llm.generate(prompts, GREEDY)
+    assert [answer.text for answer in together] == [llm.generate([p], GREEDY)[0].text for p in prompts]
+    assert " 5, 6" in together[1].text
+
+
+def test_prompts_as_token_ids_and_prefix_cache(llm: LLM) -> None:
+    prompt = tuple(range(100, 140))
+    first, second = (llm.generate([prompt], GREEDY)[0] for _ in range(2))
+    assert first.token_ids == second.token_ids
+    assert (first.num_prompt_tokens, first.num_cached_tokens, second.num_cached_tokens) == (40, 0, 32)
+
+
+def test_stop_string_ends_one_and_leaves_the_others(llm: LLM) -> None:
+    counting, story = llm.generate(["1, 2, 3, 4,", "Once upon a time"], GREEDY, stop=[" 6"])
+    assert counting.text == " 5,"
+    assert counting.finish_reason == "stop"
+    assert (story.finish_reason, len(story.token_ids)) == ("length", 16)
+
+
+def test_logprobs(llm: LLM) -> None:
+    options = SamplingOptions(temperature=0.0, max_tokens=4, num_logprobs=2)
+    (answer,) = llm.generate(["1, 2, 3, 4,"], options)
+    assert "".join(entry.token for entry in answer.logprobs) == answer.text
+    assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in answer.logprobs)
+
+
+def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="token ids must lie in"):
+        llm.generate(["good", (10**6,)], GREEDY)
+    with pytest.raises(ContextLengthError):
+        llm.generate(["good", (5,) * 8192], GREEDY)
+    assert len(llm.generate(["good"], GREEDY)) == 1
