@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nybble.engine.errors import CheckpointError
@@ -78,7 +78,7 @@ class Checkpoint:
                 self._open_files[entry.file] = safe_open(entry.file, framework="pt")
             tensor: Tensor = self._open_files[entry.file].get_tensor(name)
             return tensor
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{entry}: cannot be read: {error}") from error
 
 
@@ -89,7 +89,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{directory / INDEX_FILE}: has no 'weight_map'")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not file or Path(file).name != file:
                 raise CheckpointError(f"{INDEX_FILE}: tensor {name!r} lies in {file!r}, not a file name")
         return weight_map
     if (directory / _SINGLE).exists():
@@ -106,7 +106,9 @@ def _check_index(index: dict[str, str], entries: dict[str, TensorEntry]) -> None
 def _read_header(path: Path) -> dict[str, TensorEntry]:
     header, data_bytes = _parse_header(path)
     header.pop("__metadata__", None)
-    return {name: _parse_entry(path, name, fields, data_bytes) for name, fields in header.items()}
+    spans = {name: _parse_entry(path, name, fields) for name, fields in header.items()}
+    _check_layout(spans, data_bytes)
+    return {name: entry for name, (entry, _, _) in spans.items()}
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -120,24 +122,39 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path.name}: file is missing from {path.parent}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: its header is not a JSON object")
     return header, size - 8 - length
 
 
-def _parse_entry(path: Path, name: str, fields: Any, data_bytes: int) -> TensorEntry:
-    try:
-        dtype, shape = str(fields["dtype"]), tuple(int(n) for n in fields["shape"])
-        start, end = (int(n) for n in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: tensor {name!r}: malformed header entry") from error
-    entry = TensorEntry(name, path, dtype, shape)
+def _parse_entry(path: Path, name: str, fields: Any) -> tuple[TensorEntry, int, int]:
+    """A tensor's entry, and where its data starts and ends."""
+    match fields:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            entry = TensorEntry(name, path, dtype, tuple(shape))
+        case _:
+            raise CheckpointError(f"{path.name}: tensor {name!r}: malformed header entry")
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(f"{entry}: dtype {dtype} is not known")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise CheckpointError(f"{entry}: shape {shape} is not one")
     if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise CheckpointError(f"{entry}: {end - start} bytes do not hold {dtype} {list(shape)}")
-    if not 0 <= start <= end <= data_bytes:
-        raise CheckpointError(f"{entry}: truncated: its data ends at byte {end} of {data_bytes} in the file")
-    return entry
+        raise CheckpointError(f"{entry}: {end - start} bytes do not hold {dtype} {shape}")
+    return entry, start, end
+
+
+def _check_layout(spans: dict[str, tuple[TensorEntry, int, int]], data_bytes: int) -> None:
+    """The format wants each tensor to begin where the one before it ends, up to the end of the file."""
+    position = 0
+    for entry, start, end in sorted(spans.values(), key=lambda span: span[1:]):
+        if start != position:
+            raise CheckpointError(f"{entry}: its data starts at byte {start}, expected {position}")
+        if end > data_bytes:
+            raise CheckpointError(
+                f"{entry}: truncated: its data ends at byte {end} of {data_bytes} in the file"
+            )
+        position = end
+    if spans and position != data_bytes:
+        raise CheckpointError(f"{entry.file.name}: {data_bytes - position} bytes follow the last tensor")

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +43,7 @@ class CheckpointWriter:
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
+        self._names: set[str] = set()
         self._total_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
@@ -59,13 +62,18 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._publish()
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)  # gone if it was published
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self._pending[name] = tensor.contiguous()
+        """Add a tensor, as it is now. Raises CheckpointError if the disk is full."""
+        if name in self._names:
+            raise ValueError(f"tensor {name!r} is added twice")
+        self._names.add(name)
+        self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._total_bytes += tensor.nbytes
         if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
             self._flush()
@@ -87,7 +95,10 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         # The number of shards is part of their names and not known yet.
-        save_file(self._pending, self._partial / f"{len(self._shards)}.shard", {"format": "pt"})
+        try:
+            save_file(self._pending, self._partial / f"{len(self._shards)}.shard", {"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
         self._shards.append(list(self._pending))
         self._pending = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
-from nybble.engine.messages import EngineStats, Request, TokenEvent
+from nybble.engine.messages import EngineStats, Request, SamplingParams, TokenEvent
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.step import SampledToken, StepPlan
@@ -103,6 +104,20 @@ class Engine:
             raise InvalidRequestError(
                 f"prompt token ids must lie in 0 .. {self._limits.num_token_ids - 1}", "prompt"
             )
-        if request.sampling.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", "max_tokens")
+        _check_sampling(request.sampling)
         ContextLengthError.check(len(prompt), request.sampling.max_tokens, self._limits.max_model_len)
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    """One request's bad number must not reach the tensors that all requests share."""
+    is_valid = {
+        "max_tokens": sampling.max_tokens >= 1,
+        "temperature": 0 <= sampling.temperature < math.inf,
+        "top_k": 0 <= sampling.top_k < 1 << 31,
+        "top_p": 0 <= sampling.top_p <= 1,
+        "min_p": 0 <= sampling.min_p <= 1,
+        "num_logprobs": sampling.num_logprobs is None or sampling.num_logprobs >= 0,
+    }
+    for name, is_ok in is_valid.items():
+        if not is_ok:
+            raise InvalidRequestError(f"{name} is {getattr(sampling, name)!r}, out of range", name)

@@ -98,9 +98,9 @@ class SubprocessEngine:
             raise EngineDeadError("the engine is not running")
         queue: asyncio.Queue[EngineEvent | None] = asyncio.Queue()
         self._streams[request.request_id] = queue
-        self._send(request)
         is_finished = False
         try:
+            self._send(request)
             while not is_finished:
                 event = await queue.get()
                 is_finished = not isinstance(event, TokenEvent) or event.finish_reason is not None
@@ -183,8 +183,6 @@ class SubprocessEngine:
         self._is_alive = False
         if self._writer is not None:
             self._writer.close()
-            with suppress(OSError):
-                await self._writer.wait_closed()
         if self._process is not None:
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)

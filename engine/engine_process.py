@@ -45,7 +45,7 @@ def main() -> None:
         if engine is not None:
             serve(engine, channel)
     except ChannelClosedError:
-        logger.info("the server is gone: the engine ends")
+        logger.debug("the server is gone: the engine ends")
 
 
 def _start(channel: Channel[ToEngine]) -> Engine | None:

@@ -46,4 +46,7 @@ def _cgroup_free_bytes() -> int:
     limit, usage = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if not limit.exists() or not usage.exists() or limit.read_text().strip() == "max":
         return 1 << 62
-    return int(limit.read_text()) - int(usage.read_text())
+    # Page cache counts as usage but is given up when memory is wanted.
+    statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    reclaimable = int(statistics["inactive_file"]) + int(statistics["active_file"])
+    return int(limit.read_text()) - int(usage.read_text()) + reclaimable

@@ -14,8 +14,9 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams(Struct, frozen=True, kw_only=True):
     """How the tokens of a request are chosen and when it ends.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Without a seed the engine draws one.
-    num_logprobs None gives no logprobs, n >= 0 gives the chosen token's and those of the n likeliest.
+    temperature 0 (or below 1e-5) is greedy; top_k 0, top_p 1 and min_p 0 are off. Without a seed the
+    engine draws one. num_logprobs None gives no logprobs, n >= 0 gives the chosen token's and those of
+    the n likeliest.
     """
 
     max_tokens: int

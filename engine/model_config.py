@@ -8,6 +8,7 @@ since it may change the mathematics; fields known to change nothing at inference
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self.take(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ConfigError(f"config.json: field {name!r} is {value!r}, expected a positive number")
         return float(value)
 
@@ -256,5 +257,8 @@ def _check_consistency(config: ModelConfig) -> None:
     require(is_pairable, "partial_rotary_factor", "an even number of rotated dimensions")
     layers = config.num_hidden_layers
     require(config.first_k_dense_replace <= layers, "first_k_dense_replace", f"at most {layers}")
-    ids_fit = all(i < config.vocab_size for i in config.eos_token_ids)
-    require(ids_fit, "eos_token_ids", f"ids below vocab_size = {config.vocab_size}")
+    if any(token_id >= config.vocab_size for token_id in config.eos_token_ids):
+        raise ConfigError(
+            f"config.json: field 'eos_token_id' is {list(config.eos_token_ids)!r}, expected ids below "
+            f"vocab_size = {config.vocab_size}"
+        )

@@ -50,12 +50,17 @@ def _sampling_batch(
         for p, chunk in zip(params, chunks, strict=True)
     ]
     return SamplingBatch(
-        temperatures=column([p.temperature for p in params], torch.float32),
+        temperatures=column([_temperature(p) for p in params], torch.float32),
         top_ks=column([p.top_k for p in params], torch.int64),
         top_ps=column([p.top_p for p in params], torch.float32),
         min_ps=column([p.min_p for p in params], torch.float32),
         draws=column(draws, torch.int64),
     )
+
+
+def _temperature(params: SamplingParams) -> float:
+    """Dividing by less than this overflows float32; the pick is the likeliest token anyway."""
+    return params.temperature if params.temperature >= 1e-5 else 0.0
 
 
 def _logprobs(row: Tensor, token_id: int, count: int | None) -> TokenLogprobs | None:

@@ -14,6 +14,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing may be fetched at run time
 
 from jinja2.exceptions import TemplateError
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
 from nybble.engine.errors import CheckpointError, NybbleError
@@ -28,6 +29,8 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         """Read `directory`. Raises CheckpointError if its tokenizer cannot be used."""
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint directory")
         if not (directory / "tokenizer.json").exists():
             raise CheckpointError(f"{directory / 'tokenizer.json'}: no such file")
         try:
@@ -73,16 +76,18 @@ class Tokenizer:
         if token_id in self._added:
             content: str = self._added[token_id].content
             return content.encode()
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        token = self._tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
         if token is None:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
         return bytes(self._bytes_of_character[character] for character in token)
 
     def _check_byte_level(self, directory: Path) -> None:
-        characters = self._bytes_of_character.keys()
-        for token, token_id in self._tokenizer.get_vocab().items():
-            if token_id not in self._added and not characters >= set(token):
-                raise CheckpointError(f"{directory}: its tokenizer is not a byte-level BPE")
+        """Tokens must be made of the 256 byte characters, and be decoded as such."""
+        decoder = self._tokenizer.backend_tokenizer.decoder
+        vocabulary = self._tokenizer.get_vocab()
+        used = set().union(*(token for token, i in vocabulary.items() if i not in self._added))
+        if not isinstance(decoder, ByteLevel) or not used <= self._bytes_of_character.keys():
+            raise CheckpointError(f"{directory}: its tokenizer is not a byte-level BPE")
 
 
 def _bytes_of_characters() -> dict[str, int]:

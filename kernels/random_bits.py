@@ -26,8 +26,8 @@ def gumbel(draws: Tensor, count: int) -> Tensor:
     """float64 [S, count] of standard Gumbel noise, row s from the 64 bits draws[s] of int64 [S]."""
     counters = torch.arange(1, count + 1, dtype=torch.int64, device=draws.device)
     bits = _mix_tensor(draws.unsqueeze(-1) + counters * _signed(_STEP))
-    # The upper 53 bits, at the middle of their interval: neither 0 nor 1.
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # The upper 52 bits, at the middle of their interval, which float64 holds exactly: neither 0 nor 1.
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
     return -(-uniform.log()).log()
 
 

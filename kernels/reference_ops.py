@@ -198,7 +198,8 @@ def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor]) -> Tensor:
 def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """int64 [S]: one token for each row, by its probability after temperature and filters (Gumbel-max)."""
     temperatures = batch.temperatures.masked_fill(batch.temperatures == 0, 1.0)
-    scaled = logits / temperatures.unsqueeze(-1)
+    shifted = logits - logits.amax(dim=-1, keepdim=True)  # so that a small temperature cannot overflow
+    scaled = shifted / temperatures.unsqueeze(-1)
     if batch.min_ps.any() or batch.top_ks.any() or (batch.top_ps < 1).any():
         scaled = scaled.masked_fill(_excluded(scaled, batch), -torch.inf)
     return (scaled.double() + gumbel(batch.draws, logits.shape[-1])).argmax(dim=-1)

@@ -72,7 +72,7 @@ class _API:
         chunks = completion.chunks()
         # An engine that cannot start the request must still be able to answer with a status.
         first = await _unless_disconnected(request, _next(chunks))
-        return _EventStream(_server_sent_events(first, chunks))
+        return _EventStream(first, chunks)
 
     async def models(self, request: Request) -> Response:
         return _json_response(ModelList(data=[self._model_object()]))
@@ -98,7 +98,8 @@ async def _read_body(request: Request, limit: int) -> bytes:
     body = bytearray()
     declared = request.headers.get("content-length", "")
     too_large = TooLargeError(f"the request body exceeds {limit} bytes", code="request_too_large")
-    if declared.isdecimal() and int(declared) > limit:
+    # More digits than any length has are more than int() takes, too.
+    if declared.isdecimal() and (len(declared) > 20 or int(declared) > limit):
         raise too_large
     async for piece in request.stream():
         body += piece
@@ -133,16 +134,19 @@ async def _next(chunks: AsyncGenerator[ChatCompletionChunk, None]) -> ChatComple
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that close their source at once when the client goes away."""
+    """Server-sent events of a completion, which is closed at once when the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._events = events
+    def __init__(self, first: ChatCompletionChunk, chunks: AsyncGenerator[ChatCompletionChunk, None]) -> None:
+        self._events = _server_sent_events(first, chunks)
+        self._chunks = chunks
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        # Both: a reader that never reads may go before the first event was taken.
+        async with aclosing(self._chunks), aclosing(self._events):
             await super().__call__(scope, receive, send)
 
 
@@ -151,10 +155,11 @@ async def _server_sent_events(
 ) -> AsyncGenerator[bytes, None]:
     try:
         yield _event(_json.encode(first))
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield _event(_json.encode(chunk))
+        async for chunk in chunks:
+            yield _event(_json.encode(chunk))
     except Exception as error:  # the status is sent: what is left is to say so in the stream
+        if isinstance(_api_error(error), InternalError):
+            logger.exception("a request failed")
         yield _event(_json.encode(_api_error(error).body()))
     yield _event(b"[DONE]")
 
@@ -169,7 +174,8 @@ def _json_response(content: object, status: int = 200, headers: dict[str, str] |
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     answer = _api_error(error)
-    return _json_response(answer.body(), answer.status, answer.headers())
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    return _json_response(answer.body(), answer.status, headers | answer.headers())
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
@@ -193,5 +199,4 @@ def _api_error(error: Exception) -> APIError:
             return MethodError("this route does not take that method")
         case HTTPException():
             return BadRequestError(error.detail)
-    logger.error("a request failed", exc_info=error)
     return InternalError("the server failed to handle the request")

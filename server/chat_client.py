@@ -7,6 +7,7 @@ import json
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,12 @@ class ChatClient:
     """Talks to one server. `url` is its root, such as http://127.0.0.1:8000."""
 
     def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
             raise ChatClientError(f"{url!r} is not an http or https address")
         self._url = url
         self._parts = parts
@@ -49,7 +54,7 @@ class ChatClient:
 
     def model_name(self) -> str:
         """Name of the model that is served. Raises ChatClientError."""
-        with self._request("GET", "/v1/models") as response:
+        with self._understood(), self._request("GET", "/v1/models") as response:
             return str(json.load(response)["data"][0]["id"])
 
     def stream(self, model: str, messages: Messages, temperature: float | None) -> Iterator[str]:
@@ -63,7 +68,7 @@ class ChatClient:
         if temperature is not None:
             body["temperature"] = temperature
         start, first, usage = time.perf_counter(), None, dict[str, int]()
-        with self._request("POST", "/v1/chat/completions", body) as response:
+        with self._understood(), self._request("POST", "/v1/chat/completions", body) as response:
             for chunk in _events(response):
                 usage = chunk.get("usage") or usage
                 for choice in chunk["choices"]:
@@ -81,17 +86,30 @@ class ChatClient:
     def _request(self, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
         is_secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-        connection = kind(self._parts.netloc)
+        connection = kind(self._parts.hostname or "", self._parts.port)
         headers = {"Content-Type": "application/json", "Connection": "close"}
+        data = None if body is None else json.dumps(body).encode()
+        root = urllib.parse.quote(self._parts.path.rstrip("/"))
         try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
+            connection.request(method, root + path, data, headers)
             response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            connection.close()
             raise ChatClientError(f"{self._url}: cannot be reached: {error}") from error
         if response.status != 200:
-            raise ChatClientError(_error_message(response.status, response.read()))
+            with response:
+                raise ChatClientError(_error_message(response.status, response.read()))
         return response
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """An answer that breaks off, or is not one of the API's, is a ChatClientError too."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise ChatClientError(f"{self._url}: the answer broke off: {error!r}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ChatClientError(f"{self._url}: the answer is not the chat API's: {error!r}") from error
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -60,6 +60,8 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise BadRequestError("the request body is nested too deeply", code="invalid_json") from error
     _check_supported(request)
     _check_combinations(request)
     return request
@@ -110,7 +112,7 @@ def _check_supported(request: ChatCompletionRequest) -> None:
         value = getattr(request, name)
         if value is not None and value not in harmless:
             raise BadRequestError(
-                f"{name}: {_shown(value)} is not supported by this server", name, "unsupported_parameter"
+                f"{name}: not supported by this server{_shown(value)}", name, "unsupported_parameter"
             )
     for index, message in enumerate(request.messages):
         if message.tool_calls:
@@ -126,8 +128,9 @@ def _check_combinations(request: ChatCompletionRequest) -> None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    """The value if it is short; an object or array may be anything."""
+    is_short = isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
+    return f" with value {value!r}" if is_short else ""
 
 
 def _plain_message(index: int, message: ChatMessage) -> dict[str, str]:

@@ -101,7 +101,7 @@ class Completion:
                 if is_first:
                     yield self._chunk(ChunkChoice(delta=MessageDelta(role="assistant", content="")))
                     is_first = False
-                if delta.text or delta.logprobs:
+                if delta.text:
                     logprobs = self._choice_logprobs(delta.logprobs)
                     content = MessageDelta(content=delta.text)
                     yield self._chunk(ChunkChoice(delta=content, logprobs=logprobs))

@@ -14,11 +14,14 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token_id: int) -> str:
-        """The text that this token completes. Special tokens are not text."""
+    def feed(self, token_id: int) -> tuple[str, str]:
+        """What this token shows to have been an unfinished character of earlier tokens, and the text that
+        it completes itself. Special tokens are not text."""
         if self._tokenizer.is_special(token_id):
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+            return "", ""
+        token_bytes = self._tokenizer.token_bytes(token_id)
+        is_continued = not token_bytes or 0x80 <= token_bytes[0] < 0xC0
+        return "" if is_continued else self.finish(), self._decoder.decode(token_bytes)
 
     def finish(self) -> str:
         """What is left of an unfinished character."""

@@ -14,6 +14,7 @@ import uvicorn
 
 from nybble.engine.engine_client import SubprocessEngine
 from nybble.engine.errors import NybbleError
+from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.app import create_app
 from nybble.server.served_model import describe_model
@@ -68,8 +69,7 @@ async def prepared_server(
     sock = _bind(config.server)
     engine = SubprocessEngine(config.engine)
     try:
-        ready = await engine.start()
-        tokenizer = await asyncio.to_thread(Tokenizer, Path(config.engine.checkpoint))
+        ready, tokenizer = await _load(engine, Path(config.engine.checkpoint))
         model = describe_model(config.server.served_model_name, tokenizer, ready)
         app = create_app(engine, model, config.server)
         logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
@@ -79,17 +79,39 @@ async def prepared_server(
             access_log=False,
             timeout_graceful_shutdown=config.server.shutdown_timeout,
         )
+        _listen(sock)
         yield HTTPServer(settings), sock
     finally:
         sock.close()
         await engine.stop()
 
 
-def _bind(config: ServerConfig) -> socket.socket:
-    """Reserve the port at once, so that a taken one is known before the weights are loaded.
+async def _load(engine: SubprocessEngine, checkpoint: Path) -> tuple[EngineReady, Tokenizer]:
+    """Load engine and tokenizer side by side; the first to fail ends the other."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            ready = group.create_task(engine.start())
+            tokenizer = group.create_task(asyncio.to_thread(Tokenizer, checkpoint))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return ready.result(), tokenizer.result()
 
-    It is bound but does not listen: until the engine is ready, a client is refused, not left waiting.
+
+def _listen(sock: socket.socket) -> None:
+    """Raises BindError: another server began to listen on the port while we loaded."""
+    try:
+        sock.listen()
+    except OSError as error:
+        raise BindError(f"cannot listen on {sock.getsockname()}: {error}") from error
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """Take the port at once, so that one on which a server listens is known before the weights are loaded.
+
+    It does not listen yet: until the engine is ready, a client is refused, not left waiting.
     """
+    if not 0 <= config.port <= 65535:
+        raise BindError(f"port is {config.port}, expected 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -101,6 +123,6 @@ def _bind(config: ServerConfig) -> socket.socket:
         except OSError:
             sock.close()
             raise
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise BindError(f"cannot listen on {config.host}:{config.port}: {error}") from error
     return sock

@@ -43,27 +43,35 @@ def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -
     directory = Path(ready.config.checkpoint)
     path = directory / "generation_config.json"
     fields = read_json_object(path) if path.exists() else {}
-    eos = fields.get("eos_token_id")
-    extra = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(token_id, int) for token_id in extra):
-        raise ConfigError(f"generation_config.json: field 'eos_token_id' is {eos!r}")
     return ServedModel(
         name=name or directory.resolve().name,
         tokenizer=tokenizer,
         max_model_len=ready.max_model_len,
-        stop_token_ids=tuple(dict.fromkeys((*ready.eos_token_ids, *extra))),
+        stop_token_ids=tuple(dict.fromkeys((*ready.eos_token_ids, *_eos_token_ids(fields)))),
         sampling_defaults=SamplingDefaults(
-            temperature=_number(fields, "temperature", 1.0),
-            top_p=_number(fields, "top_p", 1.0),
-            top_k=int(_number(fields, "top_k", 0)),
+            temperature=_number(fields, "temperature", 1.0, maximum=2.0),
+            top_p=_number(fields, "top_p", 1.0, maximum=1.0),
+            top_k=int(_number(fields, "top_k", 0, maximum=2**31 - 1)),
         ),
         created=int(time.time()),
     )
 
 
-def _number(fields: dict[str, Any], name: str, default: float) -> float:
-    value = fields.get(name, default)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-        raise ConfigError(f"generation_config.json: field {name!r} is {value!r}")
-    return value
+def _eos_token_ids(fields: dict[str, Any]) -> list[int]:
+    value = fields.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ConfigError(f"generation_config.json: field 'eos_token_id' is {value!r}, expected token ids")
+    return ids
+
+
+def _number(fields: dict[str, Any], name: str, default: float, maximum: float) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    # type() and not isinstance: true is an int; NaN fails the comparison.
+    if type(value) not in (int, float) or not 0 <= value <= maximum:
+        raise ConfigError(
+            f"generation_config.json: field {name!r} is {value!r}, expected a number from 0 to {maximum:g}"
+        )
+    return float(value)

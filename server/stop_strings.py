@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 class StopStringMatcher:
-    """Holds back a tail that may yet become a stop string. Of two matches the earlier start wins."""
+    """Holds back a tail that may yet become a stop string. The stop string that is complete first wins,
+    the longest of several that end together: what a reader of single characters would see."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = stop_strings
@@ -34,8 +35,9 @@ class StopStringMatcher:
         return released
 
     def _match_start(self) -> int | None:
-        starts = (self._held.find(stop) for stop in self._stop_strings)
-        return min((start for start in starts if start >= 0), default=None)
+        found = [(self._held.find(stop), len(stop)) for stop in self._stop_strings]
+        ends = [(start + length, start) for start, length in found if start >= 0]
+        return min(ends)[1] if ends else None
 
     def _num_undecided(self) -> int:
         """Length of the longest tail that begins a stop string."""

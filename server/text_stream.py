@@ -34,10 +34,12 @@ class TextStream:
         self._pending: deque[tuple[int, LogprobEntry]] = deque()  # with the text's first character
 
     def feed(self, event: TokenEvent) -> Delta:
+        unfinished, own = self._detokenizer.feed(event.token_id)
+        text = self._release(unfinished)
         if event.logprobs is not None and not self._tokenizer.is_special(event.token_id):
             entry = self._logprob_entry(event.token_id, event.logprobs)
             self._pending.append((self._num_decoded, entry))
-        text = self._release(self._detokenizer.feed(event.token_id))
+        text += self._release(own)
         if event.finish_reason is not None and not self._stops.has_matched:
             text += self._release(self._detokenizer.finish())
         if self._stops.has_matched:

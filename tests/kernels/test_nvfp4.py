@@ -6,14 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.kernels import nvfp4
-from nybble.kernels.quantized_tensor import (
-    E2M1_VALUES,
-    NVFP4,
-    QuantizedTensor,
-    concatenate_rows,
-    stack,
-    unpack_codes,
-)
+from nybble.kernels.quantized_tensor import E2M1_VALUES
 
 # Golden vector of the NVFP4 recipe: 32 bf16 values, as packed by compressed-tensors 0.20.
 _FIRST_BLOCK = [0, 0.01, -0.01, 0.05, -0.1, 0.2, 0.3, -0.45, 0.6, 0.75, -0.9, 1, -1.2, 1.5, -2, 3]
@@ -47,12 +40,6 @@ def test_signed_zero() -> None:
     assert codes.tolist() == [0, 0, 8]
 
 
-def test_every_code_unpacks_in_column_order() -> None:
-    packed = torch.tensor([low | high << 4 for low in range(16) for high in range(16)], dtype=torch.uint8)
-    expected = [E2M1_VALUES[code] for low in range(16) for high in range(16) for code in (low, high)]
-    assert unpack_codes(packed).tolist() == expected
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e3))
 def test_nearest_of_all_codes(seed: int, magnitude: float) -> None:
@@ -82,21 +69,3 @@ def test_shared_scale_covers_both() -> None:
     scale = nvfp4.global_scale(gate, up)
     assert scale == nvfp4.global_scale(up)
     assert nvfp4.quantize(gate, scale).global_scales == scale
-
-
-def test_fused_rows_keep_their_own_global_scale() -> None:
-    gate, up = (torch.randn(3, 32) * factor for factor in (1, 50))
-    parts = [nvfp4.quantize(gate), nvfp4.quantize(up)]
-    fused = concatenate_rows(parts)
-    assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in parts]))
-    stacked = stack([parts[0], parts[0]])
-    assert stacked.shape == (2, 3, 32)
-    assert torch.equal(stacked.dequantize()[1], parts[0].dequantize())
-
-
-def test_wrong_parts_are_named() -> None:
-    good = nvfp4.quantize(torch.randn(2, 32))
-    with pytest.raises(ValueError, match=r"block_scales is .* \(2, 1\), expected .* \(2, 2\)"):
-        QuantizedTensor(good.codes, good.block_scales[:, :1], good.global_scales, NVFP4)
-    with pytest.raises(ValueError, match="24 columns are not a multiple"):
-        QuantizedTensor(good.codes[:, :12], good.block_scales, good.global_scales, NVFP4)

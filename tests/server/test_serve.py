@@ -22,6 +22,9 @@ import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from nybble.server.serve import BindError, _bind, _listen
+from nybble.server.server_config import ServerConfig
+
 NYBBLE = Path(sys.executable).with_name("nybble")
 MODEL = "demo-checkpoint"
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -275,3 +278,16 @@ def test_survives_the_engine(server: Server, client: openai.OpenAI) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "Paris" in content(client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0))
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("..", 0)])
+def test_bind_refuses(host: str, port: int) -> None:
+    with pytest.raises(BindError):
+        _bind(ServerConfig(host=host, port=port)).close()
+
+
+def test_only_one_of_two_servers_that_load_at_once_gets_the_port() -> None:
+    with _bind(ServerConfig(port=0)) as first, _bind(ServerConfig(port=first.getsockname()[1])) as second:
+        _listen(first)
+        with pytest.raises(BindError, match="Address already in use"):
+            _listen(second)

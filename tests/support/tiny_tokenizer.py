@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from nybble.engine.tokenizer import Tokenizer
 
-WORDS = ("hello", "world", "the", "and")  # each is one token
+WORDS = ("hello", "world", "and", "good")  # each is one token
 SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 TEXT_TOKENS = ("<think>", "</think>")  # added, but part of the text
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nybble.engine.messages import SamplingParams
+from nybble.engine.step import Chunk, StepInput, StepPlan, build_step_input
+
+SAMPLING = SamplingParams(max_tokens=1)
+
+
+def _chunk(
+    token_ids: list[int], start: int, blocks: list[int], sampling: SamplingParams | None = SAMPLING
+) -> Chunk:
+    return Chunk("r", token_ids, start, blocks, sampling)
+
+
+def _build(*chunks: Chunk, block_size: int = 4) -> StepInput:
+    return build_step_input(StepPlan(chunks), block_size, torch.device("cpu"))
+
+
+def test_a_plan_written_out() -> None:
+    step = _build(
+        _chunk([11, 12, 13, 14, 15], 0, [7, 2]),
+        _chunk([21], 8, [3, 9, 1]),
+        _chunk([31, 32, 33], 3, [5, 4], None),
+    )
+    assert step.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 31, 32, 33]
+    assert step.positions.tolist() == [0, 1, 2, 3, 4, 8, 3, 4, 5]
+    assert step.attention.query_starts.tolist() == [0, 5, 6, 9]
+    assert step.attention.context_lengths.tolist() == [5, 9, 6]
+    assert step.attention.block_tables.tolist() == [[7, 2, 0], [3, 9, 1], [5, 4, 0]]
+    assert step.attention.slots.tolist() == [28, 29, 30, 31, 8, 4, 23, 16, 17]
+    assert step.logit_rows.tolist() == [4, 5]
+
+
+def test_a_plan_that_samples_nothing() -> None:
+    step = _build(_chunk([1, 2], 0, [0], None))
+    assert step.logit_rows.tolist() == []
+    assert step.logit_rows.dtype == torch.int64
+
+
+def test_dtypes_are_those_of_the_contract() -> None:
+    step = _build(_chunk([1], 0, [0]))
+    attention = step.attention
+    wide = (step.token_ids, step.positions, step.logit_rows, attention.slots)
+    narrow = (attention.query_starts, attention.context_lengths, attention.block_tables)
+    assert {tensor.dtype for tensor in wide} == {torch.int64}
+    assert {tensor.dtype for tensor in narrow} == {torch.int32}
+
+
+def test_slots_of_a_large_cache_do_not_overflow() -> None:
+    last = (1 << 31) // 16
+    assert _build(_chunk([1], 17, [0, last]), block_size=16).attention.slots.tolist() == [(1 << 31) + 1]
+
+
+def test_a_plan_counts_its_tokens_and_samples() -> None:
+    plan = StepPlan((_chunk([1, 2], 0, [0], None), _chunk([3], 0, [1])))
+    assert plan.num_tokens == 3
+    assert plan.sampling_chunks == plan.chunks[1:]
+    assert StepPlan(()).num_tokens == 0
+
+
+@st.composite
+def _chunks(draw: st.DrawFn, block_size: int) -> Chunk:
+    start, count = draw(st.integers(0, 30)), draw(st.integers(1, 20))
+    num_blocks = -(-(start + count) // block_size) + draw(st.integers(0, 2))
+    blocks = draw(st.lists(st.integers(0, 99), min_size=num_blocks, max_size=num_blocks))
+    token_ids = draw(st.lists(st.integers(0, 151_551), min_size=count, max_size=count))
+    return _chunk(token_ids, start, blocks, draw(st.sampled_from([SAMPLING, None])))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from([1, 4, 16]))
+def test_flattened_token_by_token(data: st.DataObject, block_size: int) -> None:
+    chunks = data.draw(st.lists(_chunks(block_size), min_size=1, max_size=5))
+    step = _build(*chunks, block_size=block_size)
+    row = 0
+    logit_rows = []
+    for number, chunk in enumerate(chunks):
+        assert step.attention.query_starts[number] == row
+        assert step.attention.context_lengths[number] == chunk.start + len(chunk.token_ids)
+        table = step.attention.block_tables[number].tolist()
+        assert table[: len(chunk.blocks)] == chunk.blocks
+        assert not any(table[len(chunk.blocks) :])
+        for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
+            block, offset = divmod(position, block_size)
+            expected = (token_id, position, chunk.blocks[block] * block_size + offset)
+            actual = (step.token_ids[row], step.positions[row], step.attention.slots[row])
+            assert tuple(int(value) for value in actual) == expected
+            row += 1
+        logit_rows += [row - 1] * (chunk.sampling is not None)
+    assert step.attention.query_starts[-1] == row == len(step.token_ids)
+    assert step.logit_rows.tolist() == logit_rows
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_block_tables_are_as_wide_as_the_longest(block_size: int) -> None:
+    step = _build(_chunk([1], 0, [4]), _chunk([1], 0, [5, 6, 7]), block_size=block_size)
+    assert step.attention.block_tables.shape == (2, 3)

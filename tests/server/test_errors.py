@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from nybble.server.errors import (
+    APIError,
+    BadRequestError,
+    InternalError,
+    MethodError,
+    NotFoundError,
+    TooLargeError,
+    UnavailableError,
+    UnprocessableError,
+)
+
+CASES: list[tuple[type[APIError], int, str]] = [
+    (BadRequestError, 400, "invalid_request_error"),
+    (NotFoundError, 404, "invalid_request_error"),
+    (MethodError, 405, "invalid_request_error"),
+    (TooLargeError, 413, "invalid_request_error"),
+    (UnprocessableError, 422, "invalid_request_error"),
+    (InternalError, 500, "server_error"),
+    (UnavailableError, 503, "server_error"),
+]
+
+
+@pytest.mark.parametrize(("kind", "status", "error_type"), CASES)
+def test_status_and_type(kind: type[APIError], status: int, error_type: str) -> None:
+    error = kind("it failed")
+    assert error.status == status
+    assert error.body() == {
+        "error": {"message": "it failed", "type": error_type, "param": None, "code": None}
+    }
+
+
+def test_every_error_is_tested_here() -> None:
+    assert {kind for kind, _, _ in CASES} == set(APIError.__subclasses__())
+
+
+def test_param_and_code() -> None:
+    body = BadRequestError("n: too large", "n", "unsupported_parameter").body()
+    assert body["error"]["param"] == "n"
+    assert body["error"]["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("kind", [BadRequestError, InternalError])
+def test_only_an_unavailable_server_says_when_to_come_back(kind: type[APIError]) -> None:
+    assert int(UnavailableError("down").headers()["Retry-After"]) > 0
+    assert kind("x").headers() == {}
