@@ -17,6 +17,18 @@ from nybble.server.serve import prepared_server, serve
 from nybble.server.server_config import ServeConfig
 from nybble.server.terminal_chat import ask
 
+_HOW_TO_TALK = """
+The demo model answers at {url}/v1. Talk to it, in another terminal:
+
+    .venv/bin/nybble chat --url {url}
+
+    curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+      "model": "{model}", "stream": true,
+      "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+Ctrl-C stops it.
+"""
+
 
 def prepare_demo(directory: Path, wheel: Path | None) -> None:
     """Write the demo checkpoint unless it is there, written as it would be now.
@@ -38,22 +50,12 @@ def prepare_demo(directory: Path, wheel: Path | None) -> None:
 
 
 def serve_demo(config: ServeConfig) -> None:
-    """Serve, after printing how to talk to the server."""
-    url = f"http://{config.server.host}:{config.server.port}"
-    print(
-        f"""The demo model will answer at {url}/v1 in a moment. Talk to it, in another terminal:
+    """Serve, and print how to talk to the server once it answers."""
 
-    .venv/bin/nybble chat --url {url}
+    def announce(url: str) -> None:
+        print(_HOW_TO_TALK.format(url=url, model=config.server.served_model_name), flush=True)
 
-    curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
-      "model": "{config.server.served_model_name}", "stream": true,
-      "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
-
-Ctrl-C stops it.
-""",
-        flush=True,
-    )
-    asyncio.run(serve(config))
+    asyncio.run(serve(config, announce))
 
 
 async def ask_demo(config: ServeConfig, question: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -27,29 +27,55 @@ class BindError(NybbleError):
     """The address cannot be listened on."""
 
 
-async def serve(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM. Raises NybbleError if it cannot start."""
+def _log_address(url: str) -> None:
+    logger.info("listening on %s", url)
+
+
+async def serve(config: ServeConfig, announce: Callable[[str], None] = _log_address) -> None:
+    """Serve until SIGINT or SIGTERM; `announce` is told the address once it answers.
+
+    Raises:
+        NybbleError: it cannot start.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel if task else loop.stop)
     with suppress(asyncio.CancelledError):
         async with prepared_server(config) as (server, sock):
-            host, port = sock.getsockname()[:2]
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, server.stop)
-            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            announce(_url(sock))
             await server.serve(sockets=[sock])
             logger.info("stopped")
 
 
 class HTTPServer(uvicorn.Server):
-    """uvicorn, but signals are ours: its own handling raises them again after a graceful end, which
-    would skip ending the engine and turn exit code 0 into a death by signal."""
+    """uvicorn with our own end.
+
+    Its signal handling raises a signal again after a graceful end, which would skip ending the engine and
+    turn exit code 0 into a death by signal. Its time limit cuts connections; ours stops the engine, so
+    that what is still open is answered with an error.
+    """
+
+    def __init__(self, settings: uvicorn.Config, engine: SubprocessEngine, shutdown_timeout: float) -> None:
+        super().__init__(settings)
+        self._engine = engine
+        self._shutdown_timeout = shutdown_timeout
 
     def stop(self) -> None:
         """Finish open requests within the timeout; called again, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.create_task(self._stop_engine_later())
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    async def _stop_engine_later(self) -> None:
+        await asyncio.sleep(self._shutdown_timeout)
+        logger.warning("open requests did not end within %g s", self._shutdown_timeout)
+        await self._engine.stop()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -73,17 +99,18 @@ async def prepared_server(
         model = describe_model(config.server.served_model_name, tokenizer, ready)
         app = create_app(engine, model, config.server)
         logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
-        settings = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=config.server.shutdown_timeout,
-        )
+        settings = uvicorn.Config(app, log_config=None, access_log=False)
+        server = HTTPServer(settings, engine, config.server.shutdown_timeout)
         _listen(sock)
-        yield HTTPServer(settings), sock
+        yield server, sock
     finally:
         sock.close()
         await engine.stop()
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _load(engine: SubprocessEngine, checkpoint: Path) -> tuple[EngineReady, Tokenizer]:

@@ -44,15 +44,21 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen([NYBBLE, "serve", demo_checkpoint, "--port", "0"], stderr=output)
+    process, log = _start(demo_checkpoint, tmp_path_factory.mktemp("server"))
     try:
         yield Server(_wait_until_listening(log, process), psutil.Process(process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE) == 0
     assert "Traceback" not in log.read_text()
+
+
+def _start(checkpoint: Path, directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """A server process on a free port, and the file that it logs to."""
+    log = directory / "log"
+    with log.open("w") as output:
+        command = [NYBBLE, "serve", checkpoint, "--port", "0", *options]
+        return subprocess.Popen(command, stderr=output), log
 
 
 def _wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> str:
@@ -261,6 +267,22 @@ def test_too_large_a_body(server: Server) -> None:
     response = httpx.post(f"{server.url}/v1/chat/completions", content=b" " * (17 << 20))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
+
+
+def test_terminated_it_answers_what_is_open(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """An answer that outlasts the timeout ends in an error event; the server in exit code 0."""
+    process, log = _start(demo_checkpoint, tmp_path, "--shutdown-timeout", "1")
+    body = {"model": MODEL, "messages": FRANCE, "stream": True, "temperature": 2.0, "seed": 4}
+    url = f"{_wait_until_listening(log, process)}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=DEADLINE) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        *_, error, done = (line for line in lines if line)
+    assert "engine stopped" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+    assert process.wait(DEADLINE) == 0
+    assert "Traceback" not in log.read_text()
 
 
 def test_survives_the_engine(server: Server, client: openai.OpenAI) -> None:
