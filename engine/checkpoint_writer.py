@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nybble.engine.checkpoint import INDEX_FILE
 from nybble.engine.errors import CheckpointError
+from nybble.engine.layouts import Layout, stored_tensors
 from nybble.kernels.quantized_tensor import QuantizedTensor
 
 SHARD_BYTES = 64 << 20
@@ -78,14 +79,10 @@ class CheckpointWriter:
         if sum(t.nbytes for t in self._pending.values()) >= self._shard_bytes:
             self._flush()
 
-    def add_nvfp4(self, name: str, weight: QuantizedTensor) -> None:
-        """Add a matrix in ModelOpt's layout; its rows must share one global scale."""
-        scale = weight.global_scales[0].clone()
-        if not (weight.global_scales == scale).all():
-            raise ValueError(f"{name}: rows of one matrix have different global scales")
-        self.add(f"{name}.weight", weight.codes)
-        self.add(f"{name}.weight_scale", weight.block_scales)
-        self.add(f"{name}.weight_scale_2", scale)
+    def add_matrix(self, name: str, weight: QuantizedTensor, layout: Layout) -> None:
+        """Add a quantized weight as module `name`, in a layout of its format."""
+        for tensor_name, tensor in stored_tensors(name, weight, layout).items():
+            self.add(tensor_name, tensor)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

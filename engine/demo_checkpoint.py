@@ -38,6 +38,7 @@ from torch import Tensor
 from nybble.engine.checkpoint import INDEX_FILE
 from nybble.engine.checkpoint_writer import CheckpointWriter
 from nybble.engine.errors import CheckpointError, NybbleError
+from nybble.engine.layouts import MODELOPT_NVFP4
 from nybble.engine.model_config import ARCHITECTURE, read_json_object
 from nybble.kernels import nvfp4
 
@@ -242,9 +243,9 @@ def _experts() -> Iterator[tuple[str, slice]]:
 
 def _write_mlp(writer: CheckpointWriter, name: str, gate: Tensor, up: Tensor, down: Tensor) -> None:
     scale = nvfp4.global_scale(gate, up)
-    writer.add_nvfp4(f"{name}.gate_proj", nvfp4.quantize(gate, scale))
-    writer.add_nvfp4(f"{name}.up_proj", nvfp4.quantize(up, scale))
-    writer.add_nvfp4(f"{name}.down_proj", nvfp4.quantize(down))
+    writer.add_matrix(f"{name}.gate_proj", nvfp4.quantize(gate, scale), MODELOPT_NVFP4)
+    writer.add_matrix(f"{name}.up_proj", nvfp4.quantize(up, scale), MODELOPT_NVFP4)
+    writer.add_matrix(f"{name}.down_proj", nvfp4.quantize(down), MODELOPT_NVFP4)
 
 
 def _write_texts(writer: CheckpointWriter, reader: GGUFReader) -> None:

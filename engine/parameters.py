@@ -1,12 +1,4 @@
-"""Which tensors a GLM checkpoint must hold, and in which forms.
-
-A matrix is stored as floats, or in ModelOpt's NVFP4 layout, told apart by the dtype of `NAME.weight`
-and not by the config's ignore list, which does not name the router although it stays BF16:
-
-    NAME.weight          U8 [N, K / 2]        two E2M1 codes a byte, low nibble = even column
-    NAME.weight_scale    F8_E4M3 [N, K / 16]
-    NAME.weight_scale_2  F32 []               multiplies
-    NAME.input_scale     F32 []               may be absent; for 4-bit activations only
+"""Which tensors a GLM checkpoint must hold.
 
 Layers from num_hidden_layers on are draft (MTP) layers: recognised and set aside.
 """
@@ -19,19 +11,24 @@ from dataclasses import dataclass
 
 from nybble.engine.checkpoint import TensorEntry
 from nybble.engine.errors import CheckpointError
+from nybble.engine.layouts import FLOAT_DTYPES, check_entry, check_matrix
 from nybble.engine.model_config import ModelConfig
-from nybble.kernels.quantized_tensor import NVFP4
-
-_FLOATS = ("BF16", "F32", "F16")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor that the model needs. `is_linear`: a matrix that may be stored in FP4."""
+    """A tensor that the model needs. `is_linear`: a matrix that may be stored quantized."""
 
     name: str
     shape: tuple[int, ...]
     is_linear: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    def is_stored_in(self, entries: Mapping[str, TensorEntry]) -> bool:
+        return self.name in entries or (self.is_linear and f"{self.module}.weight_packed" in entries)
 
 
 def expected_parameters(config: ModelConfig) -> Iterator[Parameter]:
@@ -51,7 +48,7 @@ def check_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> No
         CheckpointError: tensors are missing, left over, of a wrong dtype or of a wrong shape.
     """
     parameters = list(expected_parameters(config))
-    missing = [p.name for p in parameters if p.name not in entries]
+    missing = [p.name for p in parameters if not p.is_stored_in(entries)]
     if missing:
         raise CheckpointError(f"the checkpoint lacks {_some(missing)}")
     used: set[str] = set()
@@ -107,48 +104,18 @@ def _mlp(prefix: str, hidden: int, width: int) -> Iterator[Parameter]:
 
 def _check_parameter(parameter: Parameter, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
     """Check one parameter; yields the names of the tensors that store it."""
-    entry = entries[parameter.name]
-    yield entry.name
-    if parameter.is_linear and entry.dtype == "U8":
-        yield from _check_nvfp4(entry, parameter.shape, entries)
+    if parameter.is_linear:
+        rows, columns = parameter.shape
+        yield from check_matrix(parameter.module, (rows, columns), entries)
     else:
-        _check_entry(entry, parameter.shape, _FLOATS)
+        check_entry(entries[parameter.name], (parameter.shape,), FLOAT_DTYPES)
+        yield parameter.name
     # Scales of an FP8 KV cache, one a layer, ride with the projections that produce K and V.
     for owner, scale in (("k_proj.weight", "k_proj.k_scale"), ("v_proj.weight", "v_proj.v_scale")):
         name = parameter.name.removesuffix(owner) + scale
         if parameter.name.endswith(owner) and name in entries:
-            _check_entry(entries[name], (), ("F32",))
+            check_entry(entries[name], ((), (1,)), ("F32", "BF16"))
             yield name
-
-
-def _check_nvfp4(
-    entry: TensorEntry, shape: tuple[int, ...], entries: Mapping[str, TensorEntry]
-) -> Iterator[str]:
-    rows, columns = shape
-    if columns % NVFP4.block_size:
-        raise CheckpointError(f"{entry}: {columns} columns cannot be NVFP4 blocks of 16")
-    _check_entry(entry, (rows, columns // 2), ("U8",))
-    scales = (
-        ("_scale", (rows, columns // NVFP4.block_size), "F8_E4M3"),
-        ("_scale_2", (), "F32"),
-    )
-    for suffix, scale_shape, dtype in scales:
-        name = entry.name + suffix
-        if name not in entries:
-            raise CheckpointError(f"{entry}: is NVFP4 but {name!r} is missing")
-        _check_entry(entries[name], scale_shape, (dtype,))
-        yield name
-    input_scale = entry.name.removesuffix("weight") + "input_scale"
-    if input_scale in entries:
-        _check_entry(entries[input_scale], (), ("F32",))
-        yield input_scale
-
-
-def _check_entry(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    if entry.shape != shape:
-        raise CheckpointError(f"{entry}: has shape {list(entry.shape)}, config.json calls for {list(shape)}")
-    if entry.dtype not in dtypes:
-        raise CheckpointError(f"{entry}: has dtype {entry.dtype}, expected {' or '.join(dtypes)}")
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.layouts import read_matrix
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import check_tensors
 from nybble.kernels import quantized_tensor
@@ -28,7 +29,7 @@ from nybble.kernels.ops import (
     RouterWeights,
     W,
 )
-from nybble.kernels.quantized_tensor import NVFP4, QuantizedTensor
+from nybble.kernels.quantized_tensor import QuantizedTensor
 
 Stored = Tensor | QuantizedTensor
 
@@ -168,16 +169,8 @@ class _Loader(Generic[W]):
         return self._read(name).to(self._dtype)
 
     def _stored(self, name: str) -> Stored:
-        """A linear layer's weight as the checkpoint stores it: floats, or NVFP4."""
-        weight = self._read(f"{name}.weight")
-        if weight.dtype != torch.uint8:
-            return weight
-        return QuantizedTensor(
-            codes=weight,
-            block_scales=self._read(f"{name}.weight_scale"),
-            global_scales=self._read(f"{name}.weight_scale_2").repeat(weight.shape[0]),
-            format=NVFP4,
-        )
+        """A linear layer's weight as the checkpoint stores it."""
+        return read_matrix(self._checkpoint, name).to(self._device)
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name).to(self._device)
@@ -194,8 +187,8 @@ def _stack(parts: Sequence[Stored]) -> Stored:
 
 
 def _by_kind(parts: Sequence[Stored]) -> tuple[list[QuantizedTensor], list[Tensor]]:
-    """`parts` if all are FP4, else none; and all as floats: a mixture is dequantized to be joined."""
+    """`parts` if all are in one quantized format, else none; and all as floats: a mixture is dequantized."""
     quantized = [part for part in parts if isinstance(part, QuantizedTensor)]
-    if len(quantized) == len(parts):
+    if len(quantized) == len(parts) and len({part.format for part in quantized}) == 1:
         return quantized, []
     return [], [p.dequantize() if isinstance(p, QuantizedTensor) else p for p in parts]

@@ -14,6 +14,7 @@ from torch import Tensor
 from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.checkpoint_writer import CheckpointWriter
 from nybble.engine.errors import CheckpointError
+from nybble.engine.layouts import MODELOPT_NVFP4
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import expected_parameters
 from nybble.engine.weights import load_weights
@@ -109,7 +110,7 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
 def test_nvfp4_is_written_byte_for_byte(tmp_path: Path) -> None:
     weight = nvfp4.quantize(_random(3, 32))
     with CheckpointWriter(tmp_path / "glm") as writer:
-        writer.add_nvfp4("m.up_proj", weight)
+        writer.add_matrix("m.up_proj", weight, MODELOPT_NVFP4)
     checkpoint = Checkpoint.open(tmp_path / "glm")
     names = ["m.up_proj.weight", "m.up_proj.weight_scale", "m.up_proj.weight_scale_2"]
     assert set(checkpoint.entries) == set(names)
@@ -126,7 +127,7 @@ def test_rows_with_different_global_scales_are_refused(tmp_path: Path) -> None:
     mixed = concatenate_rows([nvfp4.quantize(_random(1, 16) * factor) for factor in (1, 9)])
     with CheckpointWriter(tmp_path / "glm") as writer:
         with pytest.raises(ValueError, match="m: rows of one matrix have different global scales"):
-            writer.add_nvfp4("m", mixed)
+            writer.add_matrix("m", mixed, MODELOPT_NVFP4)
         writer.add("a", KIB)
     assert list(Checkpoint.open(tmp_path / "glm").entries) == ["a"]
 
@@ -143,7 +144,7 @@ def _write_model(directory: Path) -> dict[str, Tensor]:
             name, tensor = parameter.name, _random(*parameter.shape, seed=seed)
             if parameter.is_linear and ".mlp." in name:
                 quantized = nvfp4.quantize(tensor)
-                writer.add_nvfp4(name.removesuffix(".weight"), quantized)
+                writer.add_matrix(name.removesuffix(".weight"), quantized, MODELOPT_NVFP4)
                 weights[name] = quantized.dequantize()
             else:
                 writer.add(name, tensor.bfloat16())
@@ -268,7 +269,7 @@ def test_a_quantized_weight_is_not_changed_by_writing(tmp_path: Path) -> None:
         weight.codes.clone(), weight.block_scales.clone(), weight.global_scales.clone(), weight.format
     )
     with CheckpointWriter(tmp_path / "glm") as writer:
-        writer.add_nvfp4("m", weight)
+        writer.add_matrix("m", weight, MODELOPT_NVFP4)
     assert torch.equal(weight.dequantize(), copy.dequantize())
 
 

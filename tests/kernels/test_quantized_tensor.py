@@ -8,7 +8,7 @@ import torch
 from nybble.kernels.quantized_tensor import (
     E2M1_VALUES,
     NVFP4,
-    FP4Format,
+    Format,
     QuantizedTensor,
     concatenate_rows,
     stack,
@@ -89,8 +89,8 @@ def test_stack_is_in_order() -> None:
 
 @pytest.mark.parametrize("join", [concatenate_rows, stack])
 def test_formats_are_not_mixed(join: object) -> None:
-    other = replace(_random(2, 32), format=FP4Format("other", 16, torch.float8_e4m3fn))
-    with pytest.raises(ValueError, match=r"cannot join FP4 formats \['nvfp4', 'other'\]"):
+    other = replace(_random(2, 32), format=Format("other", 4, 16, torch.float8_e4m3fn, has_global_scale=True))
+    with pytest.raises(ValueError, match=r"cannot join formats \['nvfp4', 'other'\]"):
         join([_random(2, 32), other])  # type: ignore[operator]
 
 

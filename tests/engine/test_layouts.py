@@ -1,0 +1,208 @@
+"""Every layout against the packages that write it, and what a damaged one says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.errors import CheckpointError
+from nybble.engine.layouts import (
+    COMPRESSED_MXFP4,
+    COMPRESSED_NVFP4,
+    FLOATS,
+    FP8_PER_CHANNEL,
+    MODELOPT_NVFP4,
+    QUARK_MXFP4,
+    Layout,
+    check_matrix,
+    find_layout,
+    read_matrix,
+    stored_tensors,
+)
+from nybble.kernels import fp8, mxfp4, nvfp4
+from nybble.kernels.quantized_tensor import MXFP4, NVFP4_DIVIDED, QuantizedTensor
+
+ROWS, COLUMNS = 48, 96
+NVFP4_ARGS = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+MXFP4_ARGS = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32)
+
+
+def _weight(seed: int) -> Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def _checkpoint(directory: Path, tensors: dict[str, Tensor]) -> Checkpoint:
+    save_file(tensors, directory / "model.safetensors")
+    return Checkpoint.open(directory)
+
+
+def _compressed_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    """As llm-compressor makes it: scales by its rule, codes by compressed-tensors itself."""
+    global_scale = (448.0 * 6.0 / weight.abs().amax()).reshape(1)
+    blocks = weight.unflatten(-1, (-1, 16)).abs().amax(dim=-1)
+    scale = (global_scale * blocks / 6.0).to(torch.float8_e4m3fn).float()
+    scheme = QuantizationScheme(targets=["Linear"], weights=NVFP4_ARGS)
+    state = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
+    return dict(NVFP4PackedCompressor.compress(state, scheme))
+
+
+def _compressed_mxfp4(weight: Tensor) -> dict[str, Tensor]:
+    scale = mxfp4.quantize(weight).scales()
+    scheme = QuantizationScheme(targets=["Linear"], weights=MXFP4_ARGS)
+    return dict(MXFP4PackedCompressor.compress({"weight": weight, "weight_scale": scale}, scheme))
+
+
+def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compressed_nvfp4_is_decoded_bit_for_bit(tmp_path: Path, seed: int) -> None:
+    stored = _compressed_nvfp4(_weight(seed))
+    checkpoint = _checkpoint(tmp_path, _under("m", stored))
+    assert find_layout("m", checkpoint.entries) is COMPRESSED_NVFP4
+    matrix = read_matrix(checkpoint, "m")
+    assert isinstance(matrix, QuantizedTensor) and matrix.format is NVFP4_DIVIDED
+    expected = dequantize(
+        unpack_fp4_from_uint8(stored["weight_packed"], ROWS, COLUMNS, torch.float32),
+        scale=stored["weight_scale"].float(),
+        args=NVFP4_ARGS,
+        dtype=torch.float32,
+        global_scale=stored["weight_global_scale"],
+    )
+    assert torch.equal(matrix.dequantize(), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compressed_mxfp4_is_decoded_bit_for_bit(tmp_path: Path, seed: int) -> None:
+    stored = _compressed_mxfp4(_weight(seed))
+    checkpoint = _checkpoint(tmp_path, _under("m", stored))
+    assert find_layout("m", checkpoint.entries) is COMPRESSED_MXFP4
+    matrix = read_matrix(checkpoint, "m")
+    assert isinstance(matrix, QuantizedTensor) and matrix.format is MXFP4
+    expected = dequantize(
+        unpack_fp4_from_uint8(stored["weight_packed"], ROWS, COLUMNS, torch.float32),
+        scale=decompress_mx_scale(stored["weight_scale"]).float(),
+        args=MXFP4_ARGS,
+        dtype=torch.float32,
+    )
+    assert torch.equal(matrix.dequantize(), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_our_codes_are_those_of_compressed_tensors(seed: int) -> None:
+    """Given the same scales, both pick the same elements (but for the sign of an exact zero)."""
+    weight = _weight(seed)
+    ours, theirs = mxfp4.quantize(weight), _compressed_mxfp4(weight)
+    assert torch.equal(ours.codes, theirs["weight_packed"])
+    assert ours.block_scales is not None
+    assert torch.equal(ours.block_scales.view(torch.uint8), theirs["weight_scale"])
+
+
+LAYOUTS: list[tuple[Layout, QuantizedTensor]] = [
+    (MODELOPT_NVFP4, nvfp4.quantize(_weight(1))),
+    (COMPRESSED_MXFP4, mxfp4.quantize(_weight(1))),
+    (QUARK_MXFP4, mxfp4.quantize(_weight(1))),
+    (FP8_PER_CHANNEL, fp8.quantize(_weight(1))),
+]
+
+
+@pytest.mark.parametrize(("layout", "weight"), LAYOUTS, ids=[layout.name for layout, _ in LAYOUTS])
+def test_written_and_read_again(tmp_path: Path, layout: Layout, weight: QuantizedTensor) -> None:
+    tensors = stored_tensors("m", weight, layout)
+    checkpoint = _checkpoint(tmp_path, tensors)
+    assert find_layout("m", checkpoint.entries) is layout
+    assert set(check_matrix("m", (ROWS, COLUMNS), checkpoint.entries)) == set(tensors)
+    matrix = read_matrix(checkpoint, "m")
+    assert isinstance(matrix, QuantizedTensor)
+    assert torch.equal(matrix.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_floats_come_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = _checkpoint(tmp_path, {"m.weight": _weight(2).to(dtype)})
+    assert find_layout("m", checkpoint.entries) is FLOATS
+    matrix = read_matrix(checkpoint, "m")
+    assert isinstance(matrix, Tensor) and torch.equal(matrix, _weight(2).to(dtype))
+
+
+@pytest.mark.parametrize("scale_shape", [(ROWS, 1), (ROWS,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_scales_in_either_shape_and_dtype(
+    tmp_path: Path, scale_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    scales = torch.rand(ROWS).add(0.5).to(dtype)
+    codes = torch.randn(ROWS, COLUMNS).to(torch.float8_e4m3fn)
+    checkpoint = _checkpoint(tmp_path, {"m.weight": codes, "m.weight_scale": scales.reshape(scale_shape)})
+    assert set(check_matrix("m", (ROWS, COLUMNS), checkpoint.entries)) == {"m.weight", "m.weight_scale"}
+    matrix = read_matrix(checkpoint, "m")
+    assert isinstance(matrix, QuantizedTensor)
+    assert torch.equal(matrix.dequantize(), codes.float() * scales.float().unsqueeze(1))
+
+
+def test_a_divisor_taken_for_a_factor_is_caught(tmp_path: Path) -> None:
+    """A compressed-tensors matrix under ModelOpt's names: the scales mean weights of 1e9."""
+    stored = _compressed_nvfp4(_weight(3))
+    renamed = {
+        "m.weight": stored["weight_packed"],
+        "m.weight_scale": stored["weight_scale"],
+        "m.weight_scale_2": stored["weight_global_scale"],
+    }
+    checkpoint = _checkpoint(tmp_path, renamed)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor 'm.weight': .*divisor"):
+        read_matrix(checkpoint, "m")
+
+
+def test_a_factor_taken_for_a_divisor_is_caught(tmp_path: Path) -> None:
+    tensors = stored_tensors("m", nvfp4.quantize(_weight(3)), MODELOPT_NVFP4)
+    renamed = {
+        "m.weight_packed": tensors["m.weight"],
+        "m.weight_scale": tensors["m.weight_scale"],
+        "m.weight_global_scale": tensors["m.weight_scale_2"],
+    }
+    with pytest.raises(CheckpointError, match=r"tensor 'm.weight_packed': .*divisor"):
+        read_matrix(_checkpoint(tmp_path, renamed), "m")
+
+
+@pytest.mark.parametrize(("layout", "weight"), LAYOUTS, ids=[layout.name for layout, _ in LAYOUTS])
+def test_nan_scales_are_named(tmp_path: Path, layout: Layout, weight: QuantizedTensor) -> None:
+    tensors = stored_tensors("m", weight, layout)
+    name, scale = list(tensors.items())[1]
+    if scale.dtype == torch.float32:
+        scale.view(-1)[7] = torch.nan
+    else:  # E4M3 has one NaN of each sign, E8M0 one
+        scale.view(torch.uint8).view(-1)[7] = 0x7F if scale.dtype == torch.float8_e4m3fn else 0xFF
+    checkpoint = _checkpoint(tmp_path, tensors | {name: scale})
+    with pytest.raises(CheckpointError, match=rf"tensor 'm.{layout.codes}': its scales hold NaN"):
+        read_matrix(checkpoint, "m")
+
+
+@pytest.mark.parametrize(("layout", "weight"), LAYOUTS, ids=[layout.name for layout, _ in LAYOUTS])
+def test_missing_companions_are_named(tmp_path: Path, layout: Layout, weight: QuantizedTensor) -> None:
+    tensors = stored_tensors("m", weight, layout)
+    for companion in list(tensors)[1:]:
+        (tmp_path / companion).mkdir()
+        rest = {name: tensor for name, tensor in tensors.items() if name != companion}
+        checkpoint = _checkpoint(tmp_path / companion, rest)
+        with pytest.raises(CheckpointError, match=f"'{companion}' is missing"):
+            list(check_matrix("m", (ROWS, COLUMNS), checkpoint.entries))
+
+
+def test_all_zero_matrices_are_accepted(tmp_path: Path) -> None:
+    for layout, quantize in ((MODELOPT_NVFP4, nvfp4.quantize), (QUARK_MXFP4, mxfp4.quantize)):
+        directory = tmp_path / layout.name
+        directory.mkdir()
+        zeros = quantize(torch.zeros(ROWS, COLUMNS))
+        matrix = read_matrix(_checkpoint(directory, stored_tensors("m", zeros, layout)), "m")
+        assert isinstance(matrix, QuantizedTensor) and not matrix.dequantize().any()
