@@ -20,6 +20,7 @@ from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.model_runner import ModelRunner
 from nybble.engine.parameters import check_tensors, expected_parameters
+from nybble.engine.quantization_config import check_quantization, read_quantization_config
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.vocabulary import count_token_ids
@@ -59,6 +60,9 @@ def prepare(config: EngineConfig) -> Preparation:
     model_config = ModelConfig.from_directory(directory)
     checkpoint = Checkpoint.open(directory)
     check_tensors(model_config, checkpoint.entries)
+    declared = read_quantization_config(directory)
+    if declared is not None:
+        check_quantization(declared, model_config, checkpoint.entries)
     num_parameters = sum(math.prod(p.shape) for p in expected_parameters(model_config))
     resolved, memory = resolve(config, model_config, num_parameters, detect(config.device))
     limits = EngineLimits(
