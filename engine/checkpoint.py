@@ -38,6 +38,10 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
     def __str__(self) -> str:
         return f"{self.file.name}: tensor {self.name!r}"
 
@@ -63,12 +67,16 @@ class Checkpoint:
         entries: dict[str, TensorEntry] = {}
         index = _read_index(directory)
         for file in sorted(set(index.values())):
-            for name, entry in _read_header(directory / file).items():
+            for name, entry in read_header(directory / file).items():
                 if name in entries:
                     raise CheckpointError(f"{entry}: stands in {entries[name].file.name} too")
                 entries[name] = entry
         _check_index(index, entries)
         return cls(directory, entries)
+
+    def close(self) -> None:
+        """Let go of the files; reading again opens them again."""
+        self._open_files.clear()
 
     def read(self, name: str) -> Tensor:
         """Load one tensor to host memory. Raises CheckpointError if its file cannot be read."""
@@ -103,7 +111,8 @@ def _check_index(index: dict[str, str], entries: dict[str, TensorEntry]) -> None
             raise CheckpointError(f"{file}: tensor {name!r}, named by {INDEX_FILE}, is not in it")
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file. Raises CheckpointError if it is truncated or malformed."""
     header, data_bytes = _parse_header(path)
     header.pop("__metadata__", None)
     spans = {name: _parse_entry(path, name, fields) for name, fields in header.items()}

@@ -110,11 +110,16 @@ class CheckpointWriter:
         metadata = {"total_size": self._total_bytes} | self._metadata
         index = {"metadata": metadata, "weight_map": weight_map}
         self.write_json(INDEX_FILE, index)
-        for path in self._partial.iterdir():
-            _sync(path)
-        _sync(self._partial)
-        self._partial.rename(self._directory)
-        _sync(self._directory.parent)
+        publish(self._partial, self._directory)
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Give a finished directory its name, once all of it is on the disk."""
+    for path in partial.iterdir():
+        _sync(path)
+    _sync(partial)
+    partial.rename(directory)
+    _sync(directory.parent)
 
 
 def _sync(path: Path) -> None:

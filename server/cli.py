@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
+    _add_quantize(commands)
     _add_demo(commands)
     _add_demo_checkpoint(commands)
     return parser
@@ -53,6 +54,17 @@ def _add_chat(commands: Any) -> None:
     parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer and its speed")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
     parser.set_defaults(run=_chat)
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = commands.add_parser("quantize", help="make an FP4 checkpoint from a BF16 one")
+    parser.add_argument("source", type=Path, metavar="SRC", help="BF16 checkpoint directory")
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to be written")
+    parser.add_argument("--format", choices=("nvfp4", "mxfp4"), required=True, help="of MLPs and experts")
+    parser.add_argument(
+        "--attention", choices=("bf16", "fp8", "nvfp4"), default="bf16", help="of attention (%(default)s)"
+    )
+    parser.set_defaults(run=_quantize)
 
 
 def _add_demo(commands: Any) -> None:
@@ -87,6 +99,16 @@ def _chat(options: argparse.Namespace) -> None:
         converse(client, options.temperature, sys.stdout)
     else:
         ask(client, options.ask, options.temperature, sys.stdout)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nybble.engine.quantize_recipe import QuantizeRecipe
+    from nybble.server.quantize import quantize
+
+    recipe = QuantizeRecipe(options.format, options.attention)
+    quantize(options.source, options.destination, recipe, Console())
 
 
 def _demo(options: argparse.Namespace) -> None:
