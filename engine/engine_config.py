@@ -14,6 +14,7 @@ from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware
 from nybble.engine.kv_cache import CacheGeometry
 from nybble.engine.model_config import ModelConfig
+from nybble.engine.weight_dtypes import WeightDtypes
 
 GIB = 1 << 30
 
@@ -52,6 +53,7 @@ class EngineConfig:
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )
+    weights: WeightDtypes = field(default_factory=WeightDtypes)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -78,7 +78,15 @@ def load_engine(preparation: Preparation, on_layer: Callable[[int], None] = lamb
     config = preparation.config
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     ops = ReferenceOps(dtype)
-    weights = load_weights(preparation.checkpoint, preparation.model_config, ops, device, dtype, on_layer)
+    weights = load_weights(
+        preparation.checkpoint,
+        preparation.model_config,
+        ops,
+        device,
+        dtype,
+        weight_dtypes=config.weights,
+        on_layer=on_layer,
+    )
     geometry = preparation.memory.cache_geometry
     runner = ModelRunner(
         model=Glm4Moe(preparation.model_config, weights, ops),

@@ -17,6 +17,7 @@ from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.layouts import read_matrix
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import check_tensors
+from nybble.engine.weight_dtypes import WeightDtype, WeightDtypes, recast
 from nybble.kernels import quantized_tensor
 from nybble.kernels.ops import (
     AttentionShape,
@@ -56,6 +57,7 @@ def load_weights(
     ops: Ops[W],
     device: torch.device,
     dtype: torch.dtype,
+    weight_dtypes: WeightDtypes | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> ModelWeights[W]:
     """Load the main model for `ops`; `on_layer` is told after each layer.
@@ -64,7 +66,8 @@ def load_weights(
         CheckpointError: as `check_tensors`, or a file cannot be read.
     """
     check_tensors(config, checkpoint.entries)
-    return _Loader(checkpoint, config, ops, device, dtype).load(on_layer)
+    loader = _Loader(checkpoint, config, ops, device, dtype, weight_dtypes or WeightDtypes())
+    return loader.load(on_layer)
 
 
 class _Loader(Generic[W]):
@@ -75,12 +78,14 @@ class _Loader(Generic[W]):
         ops: Ops[W],
         device: torch.device,
         dtype: torch.dtype,
+        weight_dtypes: WeightDtypes,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._ops = ops
         self._device = device
         self._dtype = dtype
+        self._weight_dtypes = weight_dtypes
 
     def load(self, on_layer: Callable[[int], None]) -> ModelWeights[W]:
         embedding = self._vector("model.embed_tokens.weight")
@@ -107,6 +112,7 @@ class _Loader(Generic[W]):
 
     def _attention(self, prefix: str) -> AttentionWeights[W]:
         config, attention = self._config, f"{prefix}.self_attn"
+        dtype = self._weight_dtypes.attention_dtype
         projections = [f"{attention}.{name}_proj" for name in "qkv"]
         biases = [self._vector(f"{name}.bias") for name in projections if config.attention_bias]
         return AttentionWeights(
@@ -117,23 +123,23 @@ class _Loader(Generic[W]):
                 rotary_dim=config.rotary_dim,
             ),
             norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=self._ops.prepare_weight(_join_rows([self._stored(name) for name in projections])),
+            qkv=self._ops.prepare_weight(_join_rows([self._stored(name, dtype) for name in projections])),
             qkv_bias=torch.cat(biases) if biases else None,
             query_norm=self._norm(f"{attention}.q_norm") if config.use_qk_norm else None,
             key_norm=self._norm(f"{attention}.k_norm") if config.use_qk_norm else None,
-            output=self._ops.prepare_weight(self._stored(f"{attention}.o_proj")),
+            output=self._ops.prepare_weight(self._stored(f"{attention}.o_proj", dtype)),
         )
 
     def _dense(self, prefix: str) -> DenseWeights[W]:
-        norm = self._norm(f"{prefix}.post_attention_layernorm")
-        return DenseWeights(norm=norm, mlp=self._mlp(f"{prefix}.mlp"))
+        norm, dtype = self._norm(f"{prefix}.post_attention_layernorm"), self._weight_dtypes.dense_mlp_dtype
+        return DenseWeights(norm=norm, mlp=self._mlp(f"{prefix}.mlp", dtype))
 
     def _moe(self, prefix: str) -> MoeWeights[W]:
         return MoeWeights(
             norm=self._norm(f"{prefix}.post_attention_layernorm"),
             router=self._router(f"{prefix}.mlp.gate"),
             experts=self._experts(f"{prefix}.mlp.experts"),
-            shared_expert=self._mlp(f"{prefix}.mlp.shared_experts"),
+            shared_expert=self._mlp(f"{prefix}.mlp.shared_experts", self._weight_dtypes.shared_expert_dtype),
         )
 
     def _router(self, name: str) -> RouterWeights:
@@ -154,13 +160,13 @@ class _Loader(Generic[W]):
         down = _stack([self._stored(f"{name}.down_proj") for name in names])
         return MlpWeights(self._ops.prepare_weight(gate_up), self._ops.prepare_weight(down))
 
-    def _mlp(self, name: str) -> MlpWeights[W]:
-        down = self._stored(f"{name}.down_proj")
-        gate_up = self._gate_up(name)
+    def _mlp(self, name: str, dtype: WeightDtype) -> MlpWeights[W]:
+        down = self._stored(f"{name}.down_proj", dtype)
+        gate_up = self._gate_up(name, dtype)
         return MlpWeights(self._ops.prepare_weight(gate_up), self._ops.prepare_weight(down))
 
-    def _gate_up(self, name: str) -> Stored:
-        return _join_rows([self._stored(f"{name}.gate_proj"), self._stored(f"{name}.up_proj")])
+    def _gate_up(self, name: str, dtype: WeightDtype = "stored") -> Stored:
+        return _join_rows([self._stored(f"{name}.{part}_proj", dtype) for part in ("gate", "up")])
 
     def _norm(self, name: str) -> RmsNorm:
         return RmsNorm(weight=self._vector(f"{name}.weight"), eps=self._config.rms_norm_eps)
@@ -168,9 +174,9 @@ class _Loader(Generic[W]):
     def _vector(self, name: str) -> Tensor:
         return self._read(name).to(self._dtype)
 
-    def _stored(self, name: str) -> Stored:
-        """A linear layer's weight as the checkpoint stores it."""
-        return read_matrix(self._checkpoint, name).to(self._device)
+    def _stored(self, name: str, dtype: WeightDtype = "stored") -> Stored:
+        """A linear layer's weight as the checkpoint stores it, or re-quantized."""
+        return recast(read_matrix(self._checkpoint, name).to(self._device), dtype)
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name).to(self._device)

@@ -161,7 +161,7 @@ def test_a_model_comes_back_through_the_loader(tmp_path: Path) -> None:
         ReferenceOps(torch.float32),
         torch.device("cpu"),
         torch.float32,
-        loaded_layers.append,
+        on_layer=loaded_layers.append,
     )
     assert loaded_layers == [0, 1]
     dense, sparse = model.layers

@@ -179,4 +179,4 @@ def test_the_plan_reads_well() -> None:
 @pytest.mark.parametrize("kind", [CacheConfig, SchedulerConfig, EngineConfig])
 def test_every_option_has_a_help_text(kind: type) -> None:
     helpless = [f.name for f in fields(kind) if not f.metadata.get("help")]
-    assert helpless == (["cache", "scheduler"] if kind is EngineConfig else [])
+    assert helpless == (["weights", "cache", "scheduler"] if kind is EngineConfig else [])
