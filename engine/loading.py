@@ -19,10 +19,10 @@ from nybble.engine.messages import EngineReady
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.model_runner import ModelRunner
-from nybble.engine.parameters import check_tensors, expected_parameters
-from nybble.engine.quantization_config import check_quantization, read_quantization_config
+from nybble.engine.parameters import expected_parameters
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Scheduler
+from nybble.engine.verify_checkpoint import check_structure
 from nybble.engine.vocabulary import count_token_ids
 from nybble.engine.weights import load_weights
 from nybble.kernels.reference_ops import ReferenceOps
@@ -55,14 +55,7 @@ def prepare(config: EngineConfig) -> Preparation:
         OptionError: an option cannot be satisfied on this machine.
     """
     directory = Path(config.checkpoint)
-    if not directory.is_dir():
-        Checkpoint.open(directory)
-    model_config = ModelConfig.from_directory(directory)
-    checkpoint = Checkpoint.open(directory)
-    check_tensors(model_config, checkpoint.entries)
-    declared = read_quantization_config(directory)
-    if declared is not None:
-        check_quantization(declared, model_config, checkpoint.entries)
+    model_config, checkpoint = check_structure(directory)
     num_parameters = sum(math.prod(p.shape) for p in expected_parameters(model_config))
     resolved, memory = resolve(config, model_config, num_parameters, detect(config.device))
     limits = EngineLimits(

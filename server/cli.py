@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_chat(commands)
     _add_quantize(commands)
+    _add_verify(commands)
     _add_demo(commands)
     _add_demo_checkpoint(commands)
     return parser
@@ -65,6 +66,15 @@ def _add_quantize(commands: Any) -> None:
         "--attention", choices=("bf16", "fp8", "nvfp4"), default="bf16", help="of attention (%(default)s)"
     )
     parser.set_defaults(run=_quantize)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser("verify", help="check a checkpoint: hashes, completeness, numbers")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint directory")
+    parser.add_argument(
+        "--manifest", type=Path, help="file of hashes; written if missing (default: in the directory)"
+    )
+    parser.set_defaults(run=_verify)
 
 
 def _add_demo(commands: Any) -> None:
@@ -109,6 +119,14 @@ def _quantize(options: argparse.Namespace) -> None:
 
     recipe = QuantizeRecipe(options.format, options.attention)
     quantize(options.source, options.destination, recipe, Console())
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nybble.server.verify import verify
+
+    verify(options.checkpoint, options.manifest, Console())
 
 
 def _demo(options: argparse.Namespace) -> None:
