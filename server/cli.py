@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
+    _add_plan(commands)
     _add_quantize(commands)
     _add_verify(commands)
     _add_demo(commands)
@@ -55,6 +56,25 @@ def _add_chat(commands: Any) -> None:
     parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer and its speed")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
     parser.set_defaults(run=_chat)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="does a model fit on a set of GPUs, how fast can it decode")
+    parser.add_argument(
+        "model", type=Path, metavar="CHECKPOINT-OR-CONFIG", help="checkpoint directory or bare config.json"
+    )
+    parser.add_argument("--gpus", metavar="NxNAME", help="GPUs, as in 8xH100")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="usable memory of a GPU, instead of --gpus"
+    )
+    parser.add_argument("--bandwidth", type=float, metavar="TBPS", help="memory bandwidth of a GPU")
+    parser.add_argument("--gpu-count", type=int, metavar="N", help="GPUs of that memory (default: 1)")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt plus answer")
+    parser.add_argument(
+        "--draft", action=argparse.BooleanOptionalAction, default=True, help="count the draft (MTP) layer"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=_plan)
 
 
 def _add_quantize(commands: Any) -> None:
@@ -109,6 +129,21 @@ def _chat(options: argparse.Namespace) -> None:
         converse(client, options.temperature, sys.stdout)
     else:
         ask(client, options.ask, options.temperature, sys.stdout)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from nybble.engine.gpu_specs import select_gpus
+    from nybble.server.plan_report import print_plan
+
+    gpus = select_gpus(options.gpus, options.memory, options.bandwidth, options.gpu_count)
+    print_plan(
+        options.model,
+        gpus,
+        sys.stdout,
+        as_json=options.json,
+        max_model_len=options.max_model_len,
+        with_draft=options.draft,
+    )
 
 
 def _quantize(options: argparse.Namespace) -> None:
