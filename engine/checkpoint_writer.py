@@ -6,6 +6,7 @@ interrupted run leaves only that sibling, and the next run for the same director
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -46,13 +47,13 @@ class CheckpointWriter:
         self._shards: list[list[str]] = []
         self._names: set[str] = set()
         self._total_bytes = 0
+        self._lock = -1  # descriptor, while writing
 
     def __enter__(self) -> CheckpointWriter:
-        if self._directory.exists():
-            raise CheckpointError(f"{self._directory}: exists already")
+        self._lock = lock_for_writing(self._directory)
         try:
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+            self._partial.mkdir()
         except OSError as error:
             raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
         return self
@@ -66,8 +67,11 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self._publish()
+        except OSError as error:
+            raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)  # gone if it was published
+            os.close(self._lock)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor, as it is now. Raises CheckpointError if the disk is full."""
@@ -111,6 +115,28 @@ class CheckpointWriter:
         index = {"metadata": metadata, "weight_map": weight_map}
         self.write_json(INDEX_FILE, index)
         publish(self._partial, self._directory)
+
+
+def lock_for_writing(directory: Path) -> int:
+    """A descriptor that keeps other processes from writing `directory` until it is closed.
+
+    Raises:
+        CheckpointError: `directory` exists, cannot be written, or is being written.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory.parent, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise CheckpointError(f"{directory.parent}: another process is writing a checkpoint there") from None
+    if directory.exists() or directory.is_symlink():
+        os.close(lock)
+        raise CheckpointError(f"{directory}: exists already")
+    return lock
 
 
 def publish(partial: Path, directory: Path) -> None:

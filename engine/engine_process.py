@@ -8,7 +8,6 @@ closed, so a server that dies takes its engine along.
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import sys
 import time
@@ -37,8 +36,6 @@ logger = logging.getLogger("nybble.engine")
 
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    # Ctrl-C reaches the whole process group; the server decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel: Channel[ToEngine] = Channel(socket.socket(fileno=int(sys.argv[1])), ToEngine)
     try:
         engine = _start(channel)

@@ -8,7 +8,6 @@ since it may change the mathematics; fields known to change nothing at inference
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -141,7 +140,7 @@ class _Fields:
 
     def number(self, name: str) -> float:
         value = self.take(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
             raise ConfigError(f"config.json: field {name!r} is {value!r}, expected a positive number")
         return float(value)
 
@@ -253,6 +252,7 @@ def _check_consistency(config: ModelConfig) -> None:
     require(config.num_experts_per_tok <= choice, "num_experts_per_tok", f"at most {choice}")
     has_pairs = config.topk_group == groups or experts // groups >= 2
     require(has_pairs, "n_group", "groups of at least two experts")
+    require(config.partial_rotary_factor <= 1, "partial_rotary_factor", "at most 1")
     is_pairable = 0 < config.rotary_dim <= config.head_dim and config.rotary_dim % 2 == 0
     require(is_pairable, "partial_rotary_factor", "an even number of rotated dimensions")
     layers = config.num_hidden_layers

@@ -11,6 +11,7 @@ Norms, biases, router, embedding and head stay as they are, and so does the draf
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.engine.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, read_header
-from nybble.engine.checkpoint_writer import publish
+from nybble.engine.checkpoint_writer import lock_for_writing, publish
 from nybble.engine.errors import CheckpointError
 from nybble.engine.layouts import (
     COMPRESSED_MXFP4,
@@ -90,14 +91,17 @@ class _Run:
         self._shared_scales: dict[str, Tensor] = {}
 
     def run(self) -> list[TensorError]:
-        self._prepare_partial()
+        lock = lock_for_writing(self._destination)
         errors: list[TensorError] = []
         try:
+            self._prepare_partial()
             for shard in sorted({entry.file.name for entry in self._checkpoint.entries.values()}):
                 errors += self._shard(shard)
             self._finish()
         except OSError as error:
             raise CheckpointError(f"{self._destination}: cannot be written: {error}") from error
+        finally:
+            os.close(lock)
         return errors
 
     def _choose_targets(self) -> dict[str, Layout]:
@@ -123,8 +127,6 @@ class _Run:
 
     def _prepare_partial(self) -> None:
         """Start, or go on with what an interrupted run of the same source and recipe left."""
-        if self._destination.exists():
-            raise CheckpointError(f"{self._destination}: exists already")
         files = {entry.file for entry in self._checkpoint.entries.values()}
         fingerprint = {
             "recipe": asdict(self._recipe),

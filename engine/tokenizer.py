@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
-from nybble.engine.errors import CheckpointError, NybbleError
+from nybble.engine.errors import CheckpointError, InvalidRequestError, NybbleError
 
 
 class ChatTemplateError(NybbleError):
@@ -42,13 +42,22 @@ class Tokenizer:
         self._added = self._tokenizer.added_tokens_decoder
         self._bytes_of_character = _bytes_of_characters()
         self._check_byte_level(directory)
+        self._check_template(directory)
 
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text or rendered prompt, which already holds its special tokens."""
+        """Token ids of a text or rendered prompt, which already holds its special tokens.
+
+        Raises:
+            InvalidRequestError: it holds half of a surrogate pair, which is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the prompt is not text: {error}", "prompt") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -80,6 +89,13 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
         return bytes(self._bytes_of_character[character] for character in token)
+
+    def _check_template(self, directory: Path) -> None:
+        if self.has_chat_template:
+            try:
+                self.render_chat([{"role": "user", "content": "?"}])
+            except ChatTemplateError as error:
+                raise CheckpointError(f"{directory}: {error}") from error
 
     def _check_byte_level(self, directory: Path) -> None:
         """Tokens must be made of the 256 byte characters, and be decoded as such."""

@@ -111,6 +111,15 @@ class QuantizedTensor:
         is_divisor = self.format.divides_by_global_scale
         return block_scales / global_scales if is_divisor else block_scales * global_scales
 
+    def __getitem__(self, index: int) -> QuantizedTensor:
+        """A matrix of a stack, sharing its memory."""
+        return replace(
+            self,
+            codes=self.codes[index],
+            block_scales=None if self.block_scales is None else self.block_scales[index],
+            global_scales=None if self.global_scales is None else self.global_scales[index],
+        )
+
     def to(self, device: torch.device) -> QuantizedTensor:
         def move(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device)
@@ -123,7 +132,15 @@ class QuantizedTensor:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [..., rows, columns]: computed in float32, rounded once to `dtype`."""
+        """The weight [..., rows, columns]: computed in float32, rounded once to `dtype`.
+
+        A stack is done one matrix at a time, so that float32 copies of only one exist at once.
+        """
+        if self.codes.ndim > 2:
+            weights = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+            for index in range(self.codes.shape[0]):
+                weights[index] = self[index].dequantize(dtype)
+            return weights
         elements = unpack_codes(self.codes) if self.format.bits == 4 else self.codes.float()
         scales = self.scales()
         blocks = torch.unflatten(elements, -1, (scales.shape[-1], -1))

@@ -30,7 +30,8 @@ class Speed:
     seconds_after_first: float
 
     def __str__(self) -> str:
-        rate = (self.num_tokens - 1) / self.seconds_after_first if self.num_tokens > 1 else 0.0
+        is_timed = self.num_tokens > 1 and self.seconds_after_first > 0
+        rate = (self.num_tokens - 1) / self.seconds_after_first if is_timed else 0.0
         return (
             f"{self.num_prompt_tokens} prompt tokens, {self.num_tokens} tokens of answer, "
             f"first after {self.seconds_to_first:.2f} s, then {rate:.1f} tokens/s"

@@ -115,9 +115,10 @@ def _check_supported(request: ChatCompletionRequest) -> None:
                 f"{name}: not supported by this server{_shown(value)}", name, "unsupported_parameter"
             )
     for index, message in enumerate(request.messages):
-        if message.tool_calls:
-            name = f"messages[{index}].tool_calls"
-            raise BadRequestError(f"{name}: not supported by this server", name, "unsupported_parameter")
+        for field in ("audio", "function_call", "tool_calls"):
+            if getattr(message, field):
+                name = f"messages[{index}].{field}"
+                raise BadRequestError(f"{name}: not supported by this server", name, "unsupported_parameter")
 
 
 def _check_combinations(request: ChatCompletionRequest) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,9 +121,12 @@ def _add_wheel(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from nybble.server.serve import serve  # torch and transformers: seconds that `chat` need not wait
+    from nybble.server.serve import (
+        run_on_uvloop,
+        serve,
+    )  # torch and transformers: seconds that `chat` need not wait
 
-    asyncio.run(serve(from_options(ServeConfig, vars(options))))
+    run_on_uvloop(serve(from_options(ServeConfig, vars(options))))
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -166,16 +172,16 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from nybble.server.demo import ask_demo, prepare_demo, serve_demo
+    from nybble.server.serve import run_on_uvloop
 
     prepare_demo(options.directory, options.wheel)
     overrides: dict[str, Any] = {"checkpoint": str(options.directory), "served_model_name": "nybble-demo"}
     if options.ask is None:
         serve_demo(from_options(ServeConfig, vars(options) | overrides))
     else:
-        overrides["port"] = 0
-        config = from_options(ServeConfig, vars(options) | overrides)
+        config = from_options(ServeConfig, {"port": 0} | vars(options) | overrides)
         logging.getLogger().setLevel(logging.WARNING)
-        asyncio.run(ask_demo(config, options.ask))
+        run_on_uvloop(ask_demo(config, options.ask))
 
 
 def _demo_checkpoint(options: argparse.Namespace) -> None:

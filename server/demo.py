@@ -13,7 +13,7 @@ from rich.progress import Progress
 from nybble.engine.demo_checkpoint import NUM_LAYERS, RECIPE, write_demo_checkpoint, written_recipe
 from nybble.engine.errors import CheckpointError
 from nybble.server.chat_client import ChatClient
-from nybble.server.serve import prepared_server, serve
+from nybble.server.serve import prepared_server, run_on_uvloop, serve, url_of
 from nybble.server.server_config import ServeConfig
 from nybble.server.terminal_chat import ask
 
@@ -55,7 +55,7 @@ def serve_demo(config: ServeConfig) -> None:
     def announce(url: str) -> None:
         print(_HOW_TO_TALK.format(url=url, model=config.server.served_model_name), flush=True)
 
-    asyncio.run(serve(config, announce))
+    run_on_uvloop(serve(config, announce))
 
 
 async def ask_demo(config: ServeConfig, question: str) -> None:
@@ -64,10 +64,13 @@ async def ask_demo(config: ServeConfig, question: str) -> None:
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
-        client = ChatClient(f"http://127.0.0.1:{sock.getsockname()[1]}")
+        client = ChatClient(url_of(sock))
         try:
             # Greedy, so that the same question gets the same answer.
             await asyncio.to_thread(ask, client, question, 0.0, sys.stdout)
+        except asyncio.CancelledError:  # Ctrl-C: with the call below twice, at once
+            server.stop()
+            raise
         finally:
             server.stop()
             await serving

@@ -12,12 +12,18 @@ texts = llm.generate(["Once upon a time", "1, 2, 3,"], SamplingOptions(max_token
 
 from __future__ import annotations
 
+import os
+
+# As for the engine process (engine_client.py), and before torch is imported.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import InvalidRequestError
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import FinishReason, Request, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
@@ -51,24 +57,28 @@ class LLM:
 
     def generate(
         self,
-        prompts: Iterable[str | Sequence[int]],
+        prompts: str | Iterable[str | Sequence[int]],
         options: SamplingOptions | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[GeneratedText]:
         """Continue each prompt, a text or token ids; results in the order of the prompts.
 
         Raises:
             InvalidRequestError: a prompt cannot be run; then none is.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         encode = self._model.tokenizer.encode
         token_ids = [encode(prompt) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
-        return self._run(token_ids, options or SamplingOptions(), stop)
+        stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop_strings:
+            raise InvalidRequestError("a stop string is empty", "stop")
+        return self._run(token_ids, options or SamplingOptions(), stop_strings)
 
     def chat(
         self,
         conversations: Iterable[Sequence[Mapping[str, str]]],
         options: SamplingOptions | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> list[GeneratedText]:
         """Answer each conversation, a list of {"role", "content"} messages, by the chat template.
 

@@ -29,13 +29,16 @@ class SamplingOptions:
 
     def resolve(self, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
         """Settle every default. Raises ContextLengthError if prompt and answer do not fit."""
-        ContextLengthError.check(num_prompt_tokens, self.max_tokens or 1, model.max_model_len)
+        max_tokens = 1 if self.max_tokens is None else self.max_tokens
+        ContextLengthError.check(num_prompt_tokens, max_tokens, model.max_model_len)
+        if self.max_tokens is None:
+            max_tokens = model.max_model_len - num_prompt_tokens
         defaults = model.sampling_defaults
         top_k = defaults.top_k if self.top_k is None else self.top_k
         return SamplingParams(
-            max_tokens=self.max_tokens or model.max_model_len - num_prompt_tokens,
+            max_tokens=max_tokens,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_k=max(top_k, 0),
+            top_k=0 if top_k == -1 else top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             min_p=self.min_p,
             seed=None if self.seed is None else self.seed & _MASK63,

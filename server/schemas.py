@@ -1,7 +1,7 @@
 """The OpenAI chat API's JSON, as types. Field names are the wire's.
 
-A request field that OpenAI defines and we do not honour is listed here too, so that using it is an
-error that names it; a field that nobody here has heard of is ignored.
+A request field of OpenAI's that would change the answer and that we do not honour is listed here too, so
+that using it is an error that names it; any other field is ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class TextPart(Struct, frozen=True):
 class ChatMessage(Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
-    tool_calls: list[Any] | None = None
+    # Refused when set.
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: Any = None
 
 
 class StreamOptions(Struct, frozen=True):

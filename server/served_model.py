@@ -49,7 +49,10 @@ def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -
         max_model_len=ready.max_model_len,
         stop_token_ids=tuple(dict.fromkeys((*ready.eos_token_ids, *_eos_token_ids(fields)))),
         sampling_defaults=SamplingDefaults(
-            temperature=_number(fields, "temperature", 1.0, maximum=2.0),
+            # "do_sample": false is transformers' greedy decoding.
+            temperature=0.0
+            if fields.get("do_sample") is False
+            else _number(fields, "temperature", 1.0, maximum=2.0),
             top_p=_number(fields, "top_p", 1.0, maximum=1.0),
             top_k=int(_number(fields, "top_k", 0, maximum=2**31 - 1)),
         ),

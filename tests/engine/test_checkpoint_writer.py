@@ -288,3 +288,20 @@ def test_a_tensor_is_written_as_it_was_when_added_even_under_two_names(tmp_path:
         tensor.fill_(1)
     checkpoint = Checkpoint.open(tmp_path / "x")
     assert checkpoint.read("a").tolist() == checkpoint.read("b").tolist() == [0] * 4
+
+
+def test_two_writers_in_one_place_do_not_harm_each_other(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "x") as writer:
+        writer.add("a", torch.zeros(1))
+        with (
+            pytest.raises(CheckpointError, match="another process is writing"),
+            CheckpointWriter(tmp_path / "x"),
+        ):
+            pass
+    assert list(Checkpoint.open(tmp_path / "x").entries) == ["a"]
+
+
+def test_a_dangling_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="x: exists already"), CheckpointWriter(tmp_path / "x"):
+        pass

@@ -106,10 +106,20 @@ def test_a_template_refusal_keeps_its_reason(tokenizer: Tokenizer) -> None:
         "{{ ''.__class__.__mro__ }}",
     ],
 )
-def test_template_errors(tmp_path: Path, template: str) -> None:
+def test_a_template_that_cannot_work_is_refused_at_the_start(tmp_path: Path, template: str) -> None:
+    tiny_tokenizer.write_tokenizer(tmp_path, template)
+    with pytest.raises(CheckpointError, match="the chat template refuses the messages"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{{ messages[1].content }}", "{{ messages[1]['x'] + 1 }}", "{{ [][0].x }}"]
+)
+def test_a_template_may_fail_on_some_messages(tmp_path: Path, wrong: str) -> None:
+    template = "{% if messages[0]['content'] == 'long' %}" + wrong + "{% endif %}"
     tiny_tokenizer.write_tokenizer(tmp_path, template)
     with pytest.raises(ChatTemplateError, match="the chat template refuses the messages"):
-        Tokenizer(tmp_path).render_chat([USER])
+        Tokenizer(tmp_path).render_chat([{"role": "user", "content": "long"}])
 
 
 def test_no_template(tmp_path: Path) -> None:

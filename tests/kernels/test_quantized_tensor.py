@@ -113,3 +113,12 @@ def test_formats_are_not_mixed(join: object) -> None:
 def test_wrong_parts_are_named(part: str, bad: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(_random(2, 32), **{part: bad})
+
+
+def test_a_stack_dequantizes_as_its_matrices() -> None:
+    parts = [_random(3, 32) for _ in range(4)]
+    joined = stack(parts)
+    assert torch.equal(
+        joined.dequantize(torch.bfloat16), torch.stack([p.dequantize(torch.bfloat16) for p in parts])
+    )
+    assert torch.equal(joined[2].codes, parts[2].codes)

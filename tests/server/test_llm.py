@@ -59,3 +59,26 @@ def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(ContextLengthError):
         llm.generate(["good", (5,) * 8192], GREEDY)
     assert len(llm.generate(["good"], GREEDY)) == 1
+
+
+def test_one_text_is_one_prompt_and_one_stop_string(llm: LLM) -> None:
+    (answer,) = llm.generate("1, 2, 3, 4,", GREEDY, stop=" 6")
+    assert answer.text == " 5,"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "stop", "parameter"),
+    [
+        ("good", GREEDY, [""], "stop"),
+        ("good", SamplingOptions(max_tokens=0), [], "max_tokens"),
+        ("good", SamplingOptions(top_k=-7), [], "top_k"),
+        ("good", SamplingOptions(temperature=-1.0), [], "temperature"),
+        ("\ud800", GREEDY, [], "prompt"),
+    ],
+)
+def test_bad_arguments_are_named(
+    llm: LLM, prompt: str, options: SamplingOptions, stop: list[str], parameter: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate([prompt], options, stop)
+    assert caught.value.parameter == parameter
