@@ -9,6 +9,11 @@ tokens per second of all requests together, first tokens excluded. Median (min .
 
 from __future__ import annotations
 
+import os
+
+# As the engine process is started (engine_client.py), and before torch is imported.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+
 import argparse
 import platform
 import random

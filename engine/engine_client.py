@@ -33,7 +33,7 @@ logger = logging.getLogger("nybble.engine_client")
 _RESTART_DELAYS = (0.0, 1.0, 5.0, 30.0)  # seconds before each attempt after a death
 # libgomp's threads spin at the end of every parallel region, some 300,000 times by default. A token has
 # hundreds of small regions: where anything else uses the cores, the engine nearly stood still. Measured on
-# two cores: no slower when quiet, three times as fast beside two busy processes.
+# two cores: about a tenth slower when quiet, three times as fast beside two busy processes.
 _THREADING = {"GOMP_SPINCOUNT": "1000"}
 _STOP_TIMEOUT = 5.0  # seconds from closing the channel to killing the process
 
