@@ -129,6 +129,7 @@ def test_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
             await collect(engine, request("a", (1, 2, 3), 5))
             await until(lambda: is_idle(engine.stats))
             process = child()
+            await asyncio.sleep(0.1)  # its last word was sent just before it began to wait
             before = process.cpu_times()
             await asyncio.sleep(1.0)
             after = process.cpu_times()
