@@ -40,7 +40,7 @@ class CheckpointWriter:
         self, directory: Path, metadata: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES
     ) -> None:
         self._directory = directory
-        self._partial = directory.with_name(f".{directory.name}.partial")
+        self._partial = partial_of(directory)
         self._metadata = metadata or {}
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
@@ -55,6 +55,7 @@ class CheckpointWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
         except OSError as error:
+            os.close(self._lock)
             raise CheckpointError(f"{self._directory}: cannot be written: {error}") from error
         return self
 
@@ -89,7 +90,7 @@ class CheckpointWriter:
             self.add(tensor_name, tensor)
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._partial / name, content)
 
     def write_text(self, name: str, content: str) -> None:
         (self._partial / name).write_text(content, encoding="utf-8")
@@ -112,9 +113,17 @@ class CheckpointWriter:
             (self._partial / f"{number}.shard").rename(self._partial / file)
             weight_map.update(dict.fromkeys(names, file))
         metadata = {"total_size": self._total_bytes} | self._metadata
-        index = {"metadata": metadata, "weight_map": weight_map}
-        self.write_json(INDEX_FILE, index)
+        self.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
         publish(self._partial, self._directory)
+
+
+def partial_of(directory: Path) -> Path:
+    """The hidden sibling in which `directory` is prepared."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def lock_for_writing(directory: Path) -> int:

@@ -88,14 +88,7 @@ def resolve(
     item_bytes = 4 if dtype == "float32" else 2
     max_model_len = config.max_model_len or model.max_position_embeddings
     weight_bytes = num_parameters * item_bytes
-    geometry = CacheGeometry(
-        num_layers=model.num_hidden_layers,
-        num_kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        item_bytes=item_bytes,
-        block_size=config.cache.block_size,
-        num_blocks=0,
-    )
+    geometry = CacheGeometry.of(model, item_bytes, config.cache.block_size, num_blocks=0)
     cache_bytes = _cache_bytes(config, hardware, weight_bytes)
     geometry = replace(geometry, num_blocks=max(0, cache_bytes // geometry.block_bytes))
     _check_fits(geometry, max_model_len, weight_bytes, hardware)

@@ -185,11 +185,24 @@ def _all_parameters(config: ModelConfig) -> Iterator[Parameter]:
             yield Parameter(f"model.layers.{layer}.{name}.weight", (config.vocab_size, hidden))
 
 
-def _classify(module: str, config: ModelConfig) -> Group:
+def find_part(module: str) -> str | None:
+    """The part of the model that a module belongs to; None if it is none of a GLM's modules."""
+    _, name = _split_name(module)
+    return next((part for pattern, part, _ in _PARTS if re.fullmatch(pattern, name)), None)
+
+
+def _split_name(module: str) -> tuple[int | None, str]:
+    """Number of the layer, if it is in one, and the name below it."""
     match = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.+)", module)
+    if match is None:
+        return None, module
+    return None if match[1] is None else int(match[1]), match[2]
+
+
+def _classify(module: str, config: ModelConfig) -> Group:
+    layer, name = _split_name(module)
     for pattern, part, divided_among in _PARTS:
-        if match is not None and re.fullmatch(pattern, match[2]):
-            layer = None if match[1] is None else int(match[1])
+        if re.fullmatch(pattern, name):
             return Group(layer, (layer or 0) >= config.num_hidden_layers, part, divided_among)
     raise CheckpointError(f"the model has no place for tensors of {module!r}")
 

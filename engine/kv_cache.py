@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nybble.engine.model_config import ModelConfig
 from nybble.kernels.ops import KVCacheLayer
 
 
@@ -19,6 +20,18 @@ class CacheGeometry:
     item_bytes: int
     block_size: int
     num_blocks: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, item_bytes: int, block_size: int, num_blocks: int) -> CacheGeometry:
+        """The cache of `num_blocks` blocks that `model` needs."""
+        return cls(
+            num_layers=model.num_hidden_layers,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            item_bytes=item_bytes,
+            block_size=block_size,
+            num_blocks=num_blocks,
+        )
 
     @property
     def block_bytes(self) -> int:

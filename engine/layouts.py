@@ -141,9 +141,7 @@ def check_matrix(name: str, shape: tuple[int, int], entries: Entries) -> Iterato
     """
     layout = find_layout(name, entries)
     codes = entries[f"{name}.{layout.codes}"]
-    block_size = layout.format.block_size if layout.format else None
-    if block_size and shape[1] % block_size:
-        raise CheckpointError(f"{codes}: {shape[1]} columns cannot be {layout.name} blocks of {block_size}")
+    check_columns(codes, shape[1], layout)
     check_entry(codes, (layout.code_shape(*shape),), layout.code_dtypes)
     yield codes.name
     for companion in layout.companions:
@@ -155,6 +153,13 @@ def check_matrix(name: str, shape: tuple[int, int], entries: Entries) -> Iterato
         if entry is not None:
             check_entry(entry, companion.shapes(*shape), companion.dtypes)
             yield entry.name
+
+
+def check_columns(entry: TensorEntry, columns: int, layout: Layout) -> None:
+    """Raises CheckpointError unless a matrix of `columns` is made of whole blocks of `layout`."""
+    block_size = layout.format.block_size if layout.format else None
+    if block_size and columns % block_size:
+        raise CheckpointError(f"{entry}: {columns} columns cannot be {layout.name} blocks of {block_size}")
 
 
 def check_entry(entry: TensorEntry, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]) -> None:

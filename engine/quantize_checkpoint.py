@@ -18,17 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.engine.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, read_header
-from nybble.engine.checkpoint_writer import lock_for_writing, publish
+from nybble.engine.checkpoint_writer import lock_for_writing, partial_of, publish, write_json
 from nybble.engine.errors import CheckpointError
 from nybble.engine.layouts import (
     COMPRESSED_MXFP4,
     FLOATS,
     FP8_PER_CHANNEL,
     Layout,
+    check_columns,
     find_layout,
     stored_tensors,
 )
@@ -84,7 +86,7 @@ class _Run:
         self._config = ModelConfig.from_directory(source)
         self._checkpoint = Checkpoint.open(source)
         self._destination = destination
-        self._partial = destination.with_name(f".{destination.name}.partial")
+        self._partial = partial_of(destination)
         self._recipe = recipe
         self._on_bytes = on_bytes
         self._targets = self._choose_targets()
@@ -98,7 +100,7 @@ class _Run:
             for shard in sorted({entry.file.name for entry in self._checkpoint.entries.values()}):
                 errors += self._shard(shard)
             self._finish()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._destination}: cannot be written: {error}") from error
         finally:
             os.close(lock)
@@ -115,12 +117,7 @@ class _Run:
             if find_layout(parameter.module, entries) is not FLOATS:
                 raise CheckpointError(f"{entries[parameter.name]}: is quantized already")
             layout = self._recipe.target(parameter.module)
-            block_size = layout.format.block_size if layout.format else None
-            if block_size and parameter.shape[1] % block_size:
-                raise CheckpointError(
-                    f"{entries[parameter.name]}: {parameter.shape[1]} columns cannot be {layout.name} blocks "
-                    f"of {block_size}"
-                )
+            check_columns(entries[parameter.name], parameter.shape[1], layout)
             if layout is not FLOATS:
                 targets[parameter.module] = layout
         return targets
@@ -138,11 +135,8 @@ class _Run:
                 f"{self._partial}: holds an unfinished run of another source or recipe; remove it to "
                 "start anew"
             )
-        try:
-            self._partial.mkdir(parents=True, exist_ok=True)
-            marker.write_text(json.dumps(fingerprint))
-        except OSError as error:
-            raise CheckpointError(f"{self._destination}: cannot be written: {error}") from error
+        self._partial.mkdir(exist_ok=True)
+        marker.write_text(json.dumps(fingerprint))
 
     def _shard(self, shard: str) -> list[TensorError]:
         """Write one shard, unless it is there; returns the errors of its matrices."""
@@ -201,11 +195,11 @@ class _Run:
         weight_map = {name: file for file, entries in headers.items() for name in entries}
         total = sum(entry.num_bytes for entries in headers.values() for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(partial / INDEX_FILE, index)
         config = read_json_object(source / "config.json") | {
             "quantization_config": self._recipe.declaration(self._config, self._targets)
         }
-        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(partial / "config.json", config)
         for path in source.iterdir():
             is_ours = path.name in (INDEX_FILE, "config.json") or path.suffix == ".safetensors"
             if path.is_file() and not is_ours:

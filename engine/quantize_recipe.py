@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nybble.engine.errors import OptionError
+from nybble.engine.inventory import find_part
 from nybble.engine.layouts import (
     COMPRESSED_MXFP4,
     FLOATS,
@@ -18,10 +18,7 @@ from nybble.engine.layouts import (
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import expected_parameters
 
-_ATTENTION = re.compile(r"\.self_attn\.[qkvo]_proj$")
-_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.(gate|up|down)_proj$")
-_SHARED = re.compile(r"\.mlp\.shared_experts\.(gate|up|down)_proj$")
-_DENSE = re.compile(r"\.mlp\.(gate|up|down)_proj$")
+_CLASSES = frozenset({"attention", "dense MLP", "routed experts", "shared experts"})
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,8 @@ class QuantizeRecipe:
 
 def tensor_class(module: str) -> str | None:
     """Which class of the report a linear module belongs to; None if it is never quantized."""
-    classes = (("attention", _ATTENTION), ("routed experts", _EXPERT), ("shared experts", _SHARED))
-    for name, pattern in (*classes, ("dense MLP", _DENSE)):
-        if pattern.search(module):
-            return name
-    return None
+    part = find_part(module)
+    return part if part in _CLASSES and module.endswith("_proj") else None
 
 
 def _modelopt_declaration(

@@ -107,14 +107,7 @@ def _hidden(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> 
     """float32 hidden states [_NUM_TOKENS, H] of fixed random tokens."""
     ops = ReferenceOps(dtype)
     model = Glm4Moe(config, load_weights(checkpoint, config, ops, _CPU, dtype), ops)
-    geometry = CacheGeometry(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        item_bytes=dtype.itemsize,
-        block_size=_NUM_TOKENS,
-        num_blocks=1,
-    )
+    geometry = CacheGeometry.of(config, dtype.itemsize, block_size=_NUM_TOKENS, num_blocks=1)
     random = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, config.vocab_size, (_NUM_TOKENS,), generator=random).tolist()
     plan = StepPlan((Chunk("self-test", token_ids, 0, [0], SamplingParams(max_tokens=1)),))

@@ -1,7 +1,8 @@
 """From checkpoint to model weights, one layer at a time.
 
-Peak host memory beyond the finished weights is one layer's tensors as stored plus one prepared copy
-of its experts. Fused matrices (q/k/v, gate/up) are joined row-wise, in FP4 without touching a code.
+Peak memory beyond the finished weights is twice one layer's experts as stored (one by one, and stacked)
+and, for a backend that dequantizes, float32 copies of one matrix. Fused matrices (q/k/v, gate/up) are
+joined row-wise, in FP4 without touching a code.
 """
 
 from __future__ import annotations

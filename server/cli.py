@@ -121,10 +121,8 @@ def _add_wheel(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from nybble.server.serve import (
-        run_on_uvloop,
-        serve,
-    )  # torch and transformers: seconds that `chat` need not wait
+    # Here, since torch and transformers take seconds that `chat` need not wait.
+    from nybble.server.serve import run_on_uvloop, serve
 
     run_on_uvloop(serve(from_options(ServeConfig, vars(options))))
 

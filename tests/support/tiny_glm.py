@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Glm4Moe
         warnings.simplefilter("ignore")  # transformers' own, of the saving of a tiny model
         model.save_pretrained(directory)
     return model
+
+
+def greedy_tokens(model: Glm4MoeForCausalLM, prompt: Sequence[int], count: int) -> list[int]:
+    """The `count` tokens that transformers generates after `prompt`, stop tokens or not."""
+    generated = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = generated[0, len(prompt) :].tolist()
+    return tokens
 
 
 def _randomize(model: Glm4MoeForCausalLM) -> None:
