@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 
-# As the engine process is started (engine_client.py), and before torch is imported.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+from nybble.engine.tuning import TUNING
+
+os.environ.update(TUNING | os.environ)  # before torch is imported
 
 import argparse
 import platform

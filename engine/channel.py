@@ -1,4 +1,4 @@
-"""Messages over a private Unix socket pair: length-prefixed msgpack, no pickle, no port.
+"""Messages over a private Unix socket: length-prefixed msgpack, no pickle, no port.
 
 A frame is a 4-byte little-endian length and a msgpack array of messages.
 """

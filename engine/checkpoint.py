@@ -10,40 +10,58 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from nybble.engine.errors import CheckpointError
 from nybble.engine.model_config import read_json_object
+from nybble.engine.shard_reader import Extent, ShardReader
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies. `dtype` is safetensors' name: BF16, F32, U8, F8_E4M3, ..."""
+    """Where a tensor lies: `offset` bytes into its file. `dtype` is safetensors' name: BF16, F32, U8, ..."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.file.name}: tensor {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Indices start .. stop of a tensor's dimension `axis`, 0 or 1."""
+
+    axis: int
+    start: int
+    stop: int
 
 
 class Checkpoint:
@@ -52,7 +70,7 @@ class Checkpoint:
     def __init__(self, directory: Path, entries: dict[str, TensorEntry]) -> None:
         self.directory = directory
         self.entries = entries
-        self._open_files: dict[Path, Any] = {}  # a shard's header is long: parse it once
+        self._reader = ShardReader()
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -76,18 +94,52 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files; reading again opens them again."""
-        self._open_files.clear()
+        self._reader.close()
 
-    def read(self, name: str) -> Tensor:
-        """Load one tensor to host memory. Raises CheckpointError if its file cannot be read."""
+    def read(self, name: str, span: Span | None = None) -> Tensor:
+        """Load one tensor, or a span of it, to host memory.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
+        out = self.empty(name, span)
+        self.read_into([(name, span, out)])
+        return out
+
+    def empty(self, name: str, span: Span | None = None, num: tuple[int, ...] = ()) -> Tensor:
+        """Room for a tensor, or a span of it, or for [*num] of them."""
         entry = self.entries[name]
-        try:
-            if entry.file not in self._open_files:
-                self._open_files[entry.file] = safe_open(entry.file, framework="pt")
-            tensor: Tensor = self._open_files[entry.file].get_tensor(name)
-            return tensor
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{entry}: cannot be read: {error}") from error
+        return torch.empty((*num, *_shape(entry, span)), dtype=entry.torch_dtype)
+
+    def read_into(self, wanted: Iterable[tuple[str, Span | None, Tensor]]) -> None:
+        """Load tensors, or spans of them, to where they are wanted: contiguous, of their shape and dtype.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        self._reader.read((_extent(self.entries[name], span), out) for name, span, out in wanted)
+
+
+def _shape(entry: TensorEntry, span: Span | None) -> tuple[int, ...]:
+    shape = list(entry.shape)
+    if span is not None:
+        shape[span.axis] = span.stop - span.start
+    return tuple(shape)
+
+
+def _extent(entry: TensorEntry, span: Span | None) -> Extent:
+    """Where the bytes of a span lie: rows are contiguous, columns a part of every row."""
+    num_rows = entry.shape[0] if entry.shape else 1
+    stride = entry.num_bytes // num_rows if num_rows else 0
+    whole = Extent(entry.name, entry.file, entry.offset, num_rows, stride, stride)
+    if span is None:
+        return whole
+    if not 0 <= span.start <= span.stop <= entry.shape[span.axis]:
+        raise ValueError(f"{entry}: {span} does not lie within {list(entry.shape)}")
+    if span.axis == 0:
+        return whole.rows(span.start, span.stop)
+    item = entry.torch_dtype.itemsize
+    return replace(whole, offset=entry.offset + span.start * item, row_bytes=(span.stop - span.start) * item)
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -113,15 +165,15 @@ def _check_index(index: dict[str, str], entries: dict[str, TensorEntry]) -> None
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file. Raises CheckpointError if it is truncated or malformed."""
-    header, data_bytes = _parse_header(path)
+    header, data_start, file_bytes = _parse_header(path)
     header.pop("__metadata__", None)
-    spans = {name: _parse_entry(path, name, fields) for name, fields in header.items()}
-    _check_layout(spans, data_bytes)
-    return {name: entry for name, (entry, _, _) in spans.items()}
+    entries = {name: _parse_entry(path, name, fields, data_start) for name, fields in header.items()}
+    _check_layout(entries.values(), data_start, file_bytes)
+    return entries
 
 
-def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and the number of data bytes that follow it."""
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the data after it begins, and where the file ends."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -135,35 +187,36 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path.name}: not a readable safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: its header is not a JSON object")
-    return header, size - 8 - length
+    return header, 8 + length, size
 
 
-def _parse_entry(path: Path, name: str, fields: Any) -> tuple[TensorEntry, int, int]:
-    """A tensor's entry, and where its data starts and ends."""
+def _parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     match fields:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            entry = TensorEntry(name, path, dtype, tuple(shape))
+            entry = TensorEntry(name, path, dtype, tuple(shape), data_start + start)
         case _:
             raise CheckpointError(f"{path.name}: tensor {name!r}: malformed header entry")
-    if dtype not in _ITEM_BYTES:
+    if dtype not in _DTYPES:
         raise CheckpointError(f"{entry}: dtype {dtype} is not known")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise CheckpointError(f"{entry}: shape {shape} is not one")
-    if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+    if end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise CheckpointError(f"{entry}: {end - start} bytes do not hold {dtype} {shape}")
-    return entry, start, end
+    return entry
 
 
-def _check_layout(spans: dict[str, tuple[TensorEntry, int, int]], data_bytes: int) -> None:
+def _check_layout(entries: Iterable[TensorEntry], data_start: int, file_bytes: int) -> None:
     """The format wants each tensor to begin where the one before it ends, up to the end of the file."""
-    position = 0
-    for entry, start, end in sorted(spans.values(), key=lambda span: span[1:]):
-        if start != position:
-            raise CheckpointError(f"{entry}: its data starts at byte {start}, expected {position}")
-        if end > data_bytes:
+    position, last = data_start, None
+    for last in sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes)):
+        if last.offset != position:
+            start, expected = last.offset - data_start, position - data_start
+            raise CheckpointError(f"{last}: its data starts at byte {start}, expected {expected}")
+        position = last.offset + last.num_bytes
+        if position > file_bytes:
             raise CheckpointError(
-                f"{entry}: truncated: its data ends at byte {end} of {data_bytes} in the file"
+                f"{last}: truncated: its data ends at byte {position - data_start} of "
+                f"{file_bytes - data_start} in the file"
             )
-        position = end
-    if spans and position != data_bytes:
-        raise CheckpointError(f"{entry.file.name}: {data_bytes - position} bytes follow the last tensor")
+    if last is not None and position != file_bytes:
+        raise CheckpointError(f"{last.file.name}: {file_bytes - position} bytes follow the last tensor")

@@ -150,7 +150,10 @@ def lock_for_writing(directory: Path) -> int:
 
 def publish(partial: Path, directory: Path) -> None:
     """Give a finished directory its name, once all of it is on the disk."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in partial.iterdir():
+        path.chmod(0o666 & ~mask)  # the safetensors library lets only the owner read
         _sync(path)
     _sync(partial)
     partial.rename(directory)

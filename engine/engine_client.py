@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import sys
+import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from nybble.engine.channel import FrameDecoder, encode_frame
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import EngineDeadError, InvalidRequestError, NybbleError
+from nybble.engine.launch import engine_command, engine_environment
+from nybble.engine.launched_rank import is_launched
 from nybble.engine.messages import (
     Abort,
     EngineEvent,
@@ -23,19 +24,16 @@ from nybble.engine.messages import (
     FromEngine,
     Request,
     RequestRefused,
-    Start,
     ToEngine,
     TokenEvent,
 )
 
 logger = logging.getLogger("nybble.engine_client")
 
+_Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 _RESTART_DELAYS = (0.0, 1.0, 5.0, 30.0)  # seconds before each attempt after a death
-# libgomp's threads spin at the end of every parallel region, some 300,000 times by default. A token has
-# hundreds of small regions: where anything else uses the cores, the engine nearly stood still. Measured on
-# two cores: about a tenth slower when quiet, three times as fast beside two busy processes.
-_THREADING = {"GOMP_SPINCOUNT": "1000"}
-_STOP_TIMEOUT = 5.0  # seconds from closing the channel to killing the process
+_STOP_TIMEOUT = 5.0  # seconds from closing the connection to SIGTERM, and from that to SIGKILL
 
 
 class EngineStartError(NybbleError):
@@ -59,10 +57,16 @@ class EngineClient(Protocol):
 
 
 class SubprocessEngine:
-    """An `EngineClient` whose engine is a child process, started again when it dies."""
+    """An `EngineClient` whose engine is a child process, started again when it dies.
+
+    Where torch's launcher started us, as one rank of several, it is that launcher's part to start the group
+    again: `has_ended` is set instead.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._can_restart = not is_launched()
+        self.has_ended = asyncio.Event()
         self._streams: dict[str, asyncio.Queue[EngineEvent | None]] = {}  # None: the engine died
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -117,16 +121,7 @@ class SubprocessEngine:
             self._writer.write(encode_frame([message]))
 
     async def _launch(self) -> tuple[_Reader, EngineReady]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "nybble.engine.engine_process", str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),), start_new_session=True, env=_THREADING | os.environ,
-            )  # fmt: skip
-        finally:
-            theirs.close()
-        stream, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(encode_frame([Start(config=self._config, log_level=logging.getLogger().level)]))
+        stream, self._writer = await self._run_process()
         reader = _Reader(stream)
         try:
             message = await reader.next()
@@ -142,6 +137,31 @@ class SubprocessEngine:
         self._is_alive = True
         return reader, message
 
+    async def _run_process(self) -> _Connection:
+        """Start the engine and wait until it connects, over a socket where only we may enter."""
+        with tempfile.TemporaryDirectory(prefix="nybble-") as directory:
+            path = Path(directory) / "engine"
+            connected: asyncio.Future[_Connection] = asyncio.get_running_loop().create_future()
+            try:
+                listener = await asyncio.start_unix_server(
+                    lambda *connection: connected.set_result(connection), path, backlog=1
+                )
+            except OSError as error:
+                raise EngineStartError(f"cannot make the socket {path}: {error}") from error
+            self._process = process = await asyncio.create_subprocess_exec(
+                *engine_command(self._config, path, logging.getLogger().level),
+                env=engine_environment(self._config),
+                start_new_session=True,
+            )
+            try:
+                return await _unless_ended(connected, process)
+            except BaseException:
+                if process.returncode is None:
+                    process.terminate()  # not connected, it cannot be told to end
+                raise
+            finally:
+                listener.close()
+
     async def _supervise(self, reader: _Reader) -> None:
         """Deliver events; when the engine dies, answer every open request and start it again."""
         while True:
@@ -152,6 +172,9 @@ class SubprocessEngine:
             num_lost = self._fail_open_requests()
             await self._end_process()
             logger.error("the engine died; %d open requests were lost", num_lost)
+            if not self._can_restart:
+                self.has_ended.set()
+                return
             reader = await self._restart()
 
     async def _restart(self) -> _Reader:
@@ -189,16 +212,18 @@ class SubprocessEngine:
         return len(self._streams)
 
     async def _end_process(self) -> None:
-        """Close the channel, which tells the engine to end; kill it if it does not."""
+        """Close the connection, which tells the engine to end; if it does not, end it."""
         self._is_alive = False
         if self._writer is not None:
             self._writer.close()
-        if self._process is not None:
-            try:
+        if self._process is None:
+            return
+        for end in (self._process.terminate, self._process.kill):
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+                return
+            end()
+        await self._process.wait()
 
 
 class _Reader:
@@ -220,6 +245,21 @@ class _Reader:
                 raise EOFError
             self._messages = self._decoder.feed(data)[::-1]
         return self._messages.pop()
+
+
+async def _unless_ended(
+    connected: asyncio.Future[_Connection], process: asyncio.subprocess.Process
+) -> _Connection:
+    """Raises EngineStartError if the process ends before it connects."""
+    ended = asyncio.ensure_future(process.wait())
+    ended.add_done_callback(lambda _: connected.cancel())
+    try:
+        await asyncio.wait([connected])
+    finally:
+        ended.cancel()
+    if connected.cancelled():
+        raise EngineStartError("the engine process ended while starting")
+    return connected.result()
 
 
 def _identity(ready: EngineReady) -> tuple[int, int, tuple[int, ...]]:

@@ -1,78 +1,137 @@
-"""The engine in a process of its own: `python -m nybble.engine.engine_process FD`.
+"""A rank in a process of its own: `python -m nybble.engine.engine_process SOCKET LOG_LEVEL CONFIG`.
 
-FD is its end of the socket pair. It loads what the `Start` message says, then alternates between
-reading messages and stepping. With nothing to do it waits in the kernel. It ends when the other end is
-closed, so a server that dies takes its engine along.
+Rank 0 connects to the server's Unix socket SOCKET, loads what the JSON `EngineConfig` CONFIG says, then
+alternates between reading messages and stepping. With nothing to do it waits in the kernel. It ends when
+the server closes the connection, so a server that dies takes its engine along. The other ranks follow rank
+0 and end with it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
+import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
 from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine import Engine
+from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import InvalidRequestError, NybbleError
-from nybble.engine.loading import Preparation, load_engine, prepare
+from nybble.engine.launch import REFUSED, end_with_parent
+from nybble.engine.launched_rank import LaunchedRank
+from nybble.engine.loading import Preparation, build_engine
 from nybble.engine.messages import (
     Abort,
     EngineEvent,
     EngineFailed,
     Request,
     RequestRefused,
-    Start,
     ToEngine,
 )
+from nybble.engine.start import StartedRank, start_rank
 
 _STATS_INTERVAL = 1.0  # seconds
+_LIFELINE_TIME = 0.5  # seconds
 
 logger = logging.getLogger("nybble.engine")
 
 
 def main() -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    channel: Channel[ToEngine] = Channel(socket.socket(fileno=int(sys.argv[1])), ToEngine)
+    socket_path, log_level, encoded = sys.argv[1:]
+    end_with_parent(signal.SIGKILL)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=int(log_level))
+    config = msgspec.json.decode(encoded, type=EngineConfig)
+    is_first = LaunchedRank.from_environment().rank == 0
+    end_process(run_rank(lambda: lead(config, socket_path) if is_first else follow(config)))
+
+
+def run_rank(role: Callable[[], None]) -> int:
+    """`lead` or `follow` to its end; returns the exit code."""
     try:
-        engine = _start(channel)
-        if engine is not None:
-            serve(engine, channel)
+        role()
     except ChannelClosedError:
         logger.debug("the server is gone: the engine ends")
+    except NybbleError as error:
+        logger.debug("%s", error)  # rank 0 has told the server
+        return REFUSED
+    except Exception:
+        # Where another rank's end is the cause, the lifeline says so and ends this one meanwhile.
+        time.sleep(_LIFELINE_TIME)
+        logger.exception("this rank fails")
+        return 1
+    return 0
 
 
-def _start(channel: Channel[ToEngine]) -> Engine | None:
-    (start,) = channel.receive()
-    if not isinstance(start, Start):
-        raise TypeError(f"expected Start, received {type(start).__name__}")
-    logging.getLogger().setLevel(start.log_level)
+def end_process(exit_code: int) -> NoReturn:
+    """End without Python's own end, which would abort when a lifeline's thread woke up meanwhile."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(exit_code)
+
+
+def lead(config: EngineConfig, socket_path: str) -> None:
+    """Be rank 0 until the server closes the connection.
+
+    Raises:
+        NybbleError: a rank could not start; the server has been told.
+        ChannelClosedError: the server is gone before the engine was ready.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(socket_path)
+    channel: Channel[ToEngine] = Channel(connection, ToEngine)
     try:
-        preparation = prepare(start.config)
-        engine = _load(preparation, channel)
+        rank = _start(config, channel)
     except NybbleError as error:
         channel.send([EngineFailed(message=str(error))])
-        return None
-    channel.send([preparation.ready_message()])
-    return engine
+        raise
+    engine = build_engine(rank.preparation, rank.worker, rank.group)
+    try:
+        channel.send([rank.preparation.ready_message()])
+        serve(engine, channel)
+    except ChannelClosedError:
+        rank.group.announce_end()
+        rank.group.close()
 
 
-def _load(preparation: Preparation, channel: Channel[ToEngine]) -> Engine:
-    logger.info("%s", preparation.config)
-    logger.info("%s", preparation.memory)
-    num_layers = preparation.model_config.num_hidden_layers
+def follow(config: EngineConfig) -> None:
+    """Be one of the other ranks until rank 0 ends.
+
+    Raises:
+        NybbleError: a rank could not start.
+    """
+    rank = start_rank(config)
+    # Who stops the server stops the launcher too, which signals every rank. Rank 0 finishes its requests
+    # first, and needs the others for that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    rank.worker.follow()
+    rank.group.close()
+
+
+def _start(config: EngineConfig, channel: Channel[ToEngine]) -> StartedRank:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("loading weights", total=num_layers)
+        task = progress.add_task("loading weights", total=None)
+
+        def on_prepared(preparation: Preparation) -> None:
+            logger.info("%s", preparation.config)
+            logger.info("%s", preparation.memory)
+            num_layers = preparation.memory.cache_geometry.num_layers
+            progress.update(task, total=num_layers)
 
         def on_layer(layer: int) -> None:
             progress.advance(task)
             channel.poll()  # a server that gave up while we load is noticed here
 
-        return load_engine(preparation, on_layer)
+        return start_rank(config, on_prepared, on_layer)
 
 
 def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
@@ -110,8 +169,6 @@ def _handle(message: ToEngine, engine: Engine) -> list[RequestRefused]:
                 return [refusal]
         case Abort():
             engine.abort(message.request_id)
-        case Start():
-            raise TypeError("received Start twice")
     return []
 
 

@@ -13,16 +13,36 @@ from dataclasses import dataclass
 
 from nybble.engine.errors import OptionError
 
+GIB = 1 << 30
 MAX_GPUS = 256  # beyond any deployment of one replica; guards the search for splits
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """`memory_gib`: usable, in GiB of 2^30 bytes; `bandwidth_tbps`: in TB/s of 10^12 bytes."""
+    """`memory_gib`: what a process can have, in GiB of 2^30 bytes; `bandwidth_tbps`: in TB/s of 10^12 bytes.
+
+    `workspace_gib`, of the memory: activations, communication buffers, CUDA context and graphs. `noun`: what
+    messages call one.
+    """
 
     name: str
     memory_gib: float
     bandwidth_tbps: float
+    workspace_gib: float = 4
+    noun: str = "GPU"
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * GIB)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return int(self.workspace_gib * GIB)
+
+    @property
+    def usable_bytes(self) -> int:
+        """For weights and KV cache."""
+        return self.memory_bytes - self.workspace_bytes
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,52 @@ from typing import Literal
 import torch
 
 from nybble.engine.errors import OptionError
+from nybble.engine.gpu_specs import GIB, GpuSpec
+from nybble.engine.launched_rank import LaunchedRank
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and the bytes of its memory that are free now."""
+    """A rank's device and the bytes of its memory that are free now. `name` and `index` are a GPU's."""
 
     device: Literal["cpu", "cuda"]
     free_bytes: int
+    name: str = ""
+    index: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self.index) if self.device == "cuda" else torch.device("cpu")
+
+    @property
+    def spec(self) -> GpuSpec:
+        """As something to plan for. Its bandwidth is not known; no speed is planned."""
+        memory = self.free_bytes / GIB
+        if self.device == "cpu":
+            name = f"CPU with {memory:.1f} GiB free"
+            return GpuSpec(name, memory, bandwidth_tbps=1, workspace_gib=1, noun="CPU")
+        return GpuSpec(self.name, memory, bandwidth_tbps=1)
 
 
-def detect(device: Literal["auto", "cpu", "cuda"]) -> Hardware:
-    """The device asked for; "auto" is a GPU if there is one.
+def detect(device: Literal["auto", "cpu", "cuda"], launched: LaunchedRank) -> Hardware:
+    """The device of a rank; "auto" is a GPU if there is one. Ranks on a CPU share its memory evenly.
 
     Raises:
-        OptionError: a GPU was asked for and there is none.
+        OptionError: a GPU was asked for and there is none, or none left for this rank.
     """
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not num_gpus:
         raise OptionError("device is 'cuda', but torch finds no CUDA device on this machine")
-    if has_gpu and device != "cpu":
-        free_bytes, _ = torch.cuda.mem_get_info()
-        return Hardware(device="cuda", free_bytes=free_bytes)
-    return Hardware(device="cpu", free_bytes=_available_host_bytes())
+    if device == "cpu" or not num_gpus:
+        return Hardware(device="cpu", free_bytes=_available_host_bytes() // launched.num_local_ranks)
+    if launched.local_rank >= num_gpus:
+        raise OptionError(
+            f"{launched.num_local_ranks} ranks were started on a machine that has {num_gpus} GPUs"
+        )
+    index = launched.local_rank
+    torch.cuda.set_device(index)
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return Hardware("cuda", free_bytes, torch.cuda.get_device_name(index), index)
 
 
 def _available_host_bytes() -> int:

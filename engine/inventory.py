@@ -16,41 +16,44 @@ from nybble.engine.checkpoint import TensorEntry
 from nybble.engine.errors import CheckpointError, ConfigError
 from nybble.engine.layouts import find_layout
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, expected_parameters
+from nybble.engine.parameters import Parameter, Shard, expected_parameters
+from nybble.engine.weight_dtypes import WeightDtype, WeightDtypes
+from nybble.kernels.quantized_tensor import NVFP4
 
-KVDtype = Literal["bf16", "fp8"]
-KV_ITEM_BYTES: dict[KVDtype, int] = {"bf16": 2, "fp8": 1}
+KVDtype = Literal["fp32", "bf16", "fp8"]
+KV_ITEM_BYTES: dict[KVDtype, int] = {"fp32": 4, "bf16": 2, "fp8": 1}
 
-# Module names below "model.layers.N.", the part that each belongs to, and among how many ranks of a stage it
-# is divided: none, all, or as many as there are KV heads.
+# Module names below "model.layers.N.", and the part that each belongs to.
 EXPERTS, EMBEDDING, HEAD = "routed experts", "embedding", "lm_head"
 _PARTS = (
-    (r"self_attn\.[qo]_proj", "attention", "all"),
-    (r"self_attn\.[kv]_proj", "attention", "KV heads"),
-    (r"self_attn\.[qk]_norm", "attention", "none"),
-    (r"mlp\.(gate|up|down)_proj", "dense MLP", "all"),
-    (r"mlp\.experts\.\d+\.\w+", EXPERTS, "all"),
-    (r"mlp\.shared_experts\.\w+", "shared experts", "all"),
-    (r"mlp\.gate", "router", "none"),
-    (r"embed_tokens", EMBEDDING, "all"),
-    (r"lm_head|shared_head\.head", HEAD, "all"),
-    (r"\w*norm|shared_head\.norm", "norms", "none"),
-    (r"eh_proj", "draft projection", "none"),
+    (r"self_attn\.([qkvo]_proj|[qk]_norm)", "attention"),
+    (r"mlp\.(gate|up|down)_proj", "dense MLP"),
+    (r"mlp\.experts\.\d+\.\w+", EXPERTS),
+    (r"mlp\.shared_experts\.\w+", "shared experts"),
+    (r"mlp\.gate", "router"),
+    (r"embed_tokens", EMBEDDING),
+    (r"lm_head|shared_head\.head", HEAD),
+    (r"\w*norm|shared_head\.norm", "norms"),
+    (r"eh_proj", "draft projection"),
 )
 DRAFT, DRAFT_COPIES = "draft layer", "draft copies, not loaded"
-_ROWS = tuple(dict.fromkeys([*(part for _, part, _ in _PARTS), DRAFT, DRAFT_COPIES]))
+_ROWS = tuple(dict.fromkeys([*(part for _, part in _PARTS), DRAFT, DRAFT_COPIES]))
 # nvidia/GLM-4.7-NVFP4: these in NVFP4 (half a byte of code, a byte of scale for 16), everything else in BF16.
 _NVFP4_PARTS = frozenset({"dense MLP", EXPERTS, "shared experts"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are alike. `layer` is None outside of the layers; `block_size` is 1 without blocks."""
+    """Modules that are alike. `layer` is None outside of the layers; `block_size` is 1 without blocks.
+
+    `num_columns`: of the matrices whose columns ranks divide.
+    """
 
     layer: int | None
     is_draft: bool
     part: str
-    divided_among: str
+    shard: Shard | None
+    num_columns: int = 0
     layout: str = "BF16"
     block_size: int = 1
     num_parameters: int = 0
@@ -106,6 +109,28 @@ class Inventory:
     def without_draft(self) -> Inventory:
         return replace(self, groups=self.main)
 
+    def recast(self, weight_dtypes: WeightDtypes) -> Inventory:
+        """With the blocks that re-quantizing wants; bytes stay those of the files."""
+        dtypes: dict[str, WeightDtype] = {
+            "attention": weight_dtypes.attention_dtype,
+            "dense MLP": weight_dtypes.dense_mlp_dtype,
+            "shared experts": weight_dtypes.shared_expert_dtype,
+        }
+        to_nvfp4 = {part for part, dtype in dtypes.items() if dtype == "nvfp4"}
+        groups = (
+            replace(group, block_size=max(group.block_size, NVFP4.block_size or 1))
+            if group.part in to_nvfp4
+            else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
+
+    def dequantized(self, item_bytes: int) -> Inventory:
+        """With every weight held in `item_bytes`, as by a backend that does not compute on FP4."""
+        return replace(
+            self, groups=tuple(replace(g, num_bytes=g.num_parameters * item_bytes) for g in self.groups)
+        )
+
     def part_sizes(self) -> tuple[PartSize, ...]:
         rows = {row: [group for group in self.groups if group.row == row] for row in _ROWS}
         return tuple(PartSize.of(row, groups) for row, groups in rows.items() if groups)
@@ -129,17 +154,18 @@ def read_inventory(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> I
     Raises:
         CheckpointError: a tensor belongs to no part of the model, or to no known layout.
     """
-    num_parameters = _parameters_by_module(config)
+    modules = _modules(config)
     num_bytes: Counter[str] = Counter()
     for entry in entries.values():
         num_bytes[entry.name.rpartition(".")[0]] += entry.num_bytes
     groups = []
     for module, size in num_bytes.items():
+        if module not in modules:
+            raise CheckpointError(f"the model has no place for tensors of {module!r}")
         layout = find_layout(module, entries)
         name = entries[f"{module}.weight"].dtype if layout.format is None else layout.name
         block_size = (layout.format.block_size if layout.format else None) or 1
-        group = replace(_classify(module, config), layout=name, block_size=block_size, num_bytes=size)
-        groups.append(replace(group, num_parameters=num_parameters[module]))
+        groups.append(replace(modules[module], layout=name, block_size=block_size, num_bytes=size))
     return Inventory(config, _merged(groups))
 
 
@@ -157,38 +183,53 @@ def assume_inventory(config: ModelConfig, fields: Mapping[str, Any]) -> Inventor
             "only 'NVFP4' (as nvidia/GLM-4.7-NVFP4) or none (BF16) is known: give the checkpoint directory"
         )
     groups = []
-    for module, count in _parameters_by_module(config).items():
-        group = replace(_classify(module, config), num_parameters=count, num_bytes=2 * count)
+    for group in _modules(config).values():
         if quantization is not None and group.part in _NVFP4_PARTS and not group.is_draft:
-            group = replace(group, layout="ModelOpt NVFP4", block_size=16, num_bytes=count * 9 // 16)
-        groups.append(group)
+            size = group.num_parameters * 9 // 16
+            groups.append(replace(group, layout="ModelOpt NVFP4", block_size=16, num_bytes=size))
+        else:
+            groups.append(replace(group, num_bytes=2 * group.num_parameters))
     return Inventory(config, _merged(groups))
 
 
-def _parameters_by_module(config: ModelConfig) -> Counter[str]:
-    counts: Counter[str] = Counter()
+def _modules(config: ModelConfig) -> dict[str, Group]:
+    """Each module of the model by name, with its parameters counted."""
+    groups: dict[str, Group] = {}
     for parameter in _all_parameters(config):
-        counts[parameter.name.rpartition(".")[0]] += math.prod(parameter.shape)
-    return counts
+        module = parameter.name.rpartition(".")[0]
+        group = groups.get(module) or _group_of(parameter, module, config)
+        count = group.num_parameters + math.prod(parameter.shape)
+        groups[module] = replace(group, num_parameters=count)
+    return groups
+
+
+def _group_of(parameter: Parameter, module: str, config: ModelConfig) -> Group:
+    layer, _ = _split_name(module)
+    part, shard = find_part(module), parameter.shard
+    if part is None:
+        raise ValueError(f"{module!r} is in no part of the model")
+    is_draft = layer is not None and layer >= config.num_hidden_layers
+    num_columns = parameter.shape[1] if shard and shard.axis == 1 else 0
+    return Group(layer, is_draft, part, shard, num_columns)
 
 
 def _all_parameters(config: ModelConfig) -> Iterator[Parameter]:
     """With the draft layers: a decoder layer each, preceded by a projection and followed by a head."""
     first, hidden = config.num_hidden_layers, config.hidden_size
-    last = first + config.num_nextn_predict_layers
+    last, by_id = first + config.num_nextn_predict_layers, Shard(0, config.vocab_size)
     yield from expected_parameters(replace(config, num_hidden_layers=last))
     for layer in range(first, last):
         for name in ("enorm", "hnorm", "shared_head.norm"):
             yield Parameter(f"model.layers.{layer}.{name}.weight", (hidden,))
         yield Parameter(f"model.layers.{layer}.eh_proj.weight", (hidden, 2 * hidden))
         for name in ("embed_tokens", "shared_head.head"):
-            yield Parameter(f"model.layers.{layer}.{name}.weight", (config.vocab_size, hidden))
+            yield Parameter(f"model.layers.{layer}.{name}.weight", (config.vocab_size, hidden), shard=by_id)
 
 
 def find_part(module: str) -> str | None:
     """The part of the model that a module belongs to; None if it is none of a GLM's modules."""
     _, name = _split_name(module)
-    return next((part for pattern, part, _ in _PARTS if re.fullmatch(pattern, name)), None)
+    return next((part for pattern, part in _PARTS if re.fullmatch(pattern, name)), None)
 
 
 def _split_name(module: str) -> tuple[int | None, str]:
@@ -197,14 +238,6 @@ def _split_name(module: str) -> tuple[int | None, str]:
     if match is None:
         return None, module
     return None if match[1] is None else int(match[1]), match[2]
-
-
-def _classify(module: str, config: ModelConfig) -> Group:
-    layer, name = _split_name(module)
-    for pattern, part, divided_among in _PARTS:
-        if re.fullmatch(pattern, name):
-            return Group(layer, (layer or 0) >= config.num_hidden_layers, part, divided_among)
-    raise CheckpointError(f"the model has no place for tensors of {module!r}")
 
 
 def _merged(groups: Iterable[Group]) -> tuple[Group, ...]:

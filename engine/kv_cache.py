@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from nybble.engine.model_config import ModelConfig
+from nybble.engine.placement import Placement
 from nybble.kernels.ops import KVCacheLayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
-    """Shape of the cache; a block holds the keys and values of `block_size` tokens in every layer."""
+    """Shape of a rank's cache; a block holds the keys and values of `block_size` tokens in its layers."""
 
     num_layers: int
     num_kv_heads: int
@@ -22,11 +23,13 @@ class CacheGeometry:
     num_blocks: int
 
     @classmethod
-    def of(cls, model: ModelConfig, item_bytes: int, block_size: int, num_blocks: int) -> CacheGeometry:
-        """The cache of `num_blocks` blocks that `model` needs."""
+    def of(
+        cls, model: ModelConfig, placement: Placement, item_bytes: int, block_size: int, num_blocks: int = 0
+    ) -> CacheGeometry:
+        """The cache of `num_blocks` blocks for what the rank at `placement` holds of `model`."""
         return cls(
-            num_layers=model.num_hidden_layers,
-            num_kv_heads=model.num_key_value_heads,
+            num_layers=len(placement.layers(model.num_hidden_layers)),
+            num_kv_heads=len(placement.units(model.num_key_value_heads)),
             head_dim=model.head_dim,
             item_bytes=item_bytes,
             block_size=block_size,

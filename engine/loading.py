@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 
 from nybble.engine.block_pool import BlockPool
 from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.engine import Engine, EngineLimits
-from nybble.engine.engine_config import EngineConfig, MemoryPlan, resolve
-from nybble.engine.hardware import detect
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.hardware import Hardware, detect
+from nybble.engine.inventory import read_inventory
 from nybble.engine.kv_cache import allocate_kv_cache
+from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.messages import EngineReady
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.model_runner import ModelRunner
-from nybble.engine.parameters import expected_parameters
+from nybble.engine.placement import Placement
+from nybble.engine.rank_group import RankGroup
+from nybble.engine.resolution import MemoryPlan, resolve
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.verify_checkpoint import check_structure
 from nybble.engine.vocabulary import count_token_ids
 from nybble.engine.weights import load_weights
+from nybble.engine.worker import Worker
 from nybble.kernels.reference_ops import ReferenceOps
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What can be known of an engine before its weights are read. `config` is resolved."""
+    """What can be known of a rank before its weights are read. `config` is resolved."""
 
     config: EngineConfig
+    placement: Placement
+    hardware: Hardware
     model_config: ModelConfig
     checkpoint: Checkpoint
     memory: MemoryPlan
     limits: EngineLimits
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on ranks that can work together: the same options and checkpoint, wherever it lies."""
+        checkpoint = sorted((e.name, e.dtype, e.shape) for e in self.checkpoint.entries.values())
+        cache = replace(self.config.cache, kv_cache_memory=None)  # stages have layers of their own
+        options = replace(self.config, checkpoint="", cache=cache)
+        fields = (options, self.model_config, checkpoint, self.limits.num_token_ids)
+        return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+
+    def with_num_blocks(self, num_blocks: int) -> Preparation:
+        """With the size of cache that all ranks agreed on."""
+        geometry = replace(self.memory.cache_geometry, num_blocks=num_blocks)
+        return replace(self, memory=replace(self.memory, cache_geometry=geometry))
 
     def ready_message(self) -> EngineReady:
         return EngineReady(
@@ -48,7 +70,7 @@ class Preparation:
 
 
 def prepare(config: EngineConfig) -> Preparation:
-    """Read config.json and the tensors' headers, and resolve the options.
+    """Read config.json and the tensors' headers, and resolve the options for this rank.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, malformed or of another architecture.
@@ -56,41 +78,66 @@ def prepare(config: EngineConfig) -> Preparation:
     """
     directory = Path(config.checkpoint)
     model_config, checkpoint = check_structure(directory)
-    num_parameters = sum(math.prod(p.shape) for p in expected_parameters(model_config))
-    resolved, memory = resolve(config, model_config, num_parameters, detect(config.device))
+    launched = LaunchedRank.from_environment()
+    launched.check_num_ranks(config.parallel.split.num_ranks)
+    placement = Placement(config.parallel.split, launched.rank)
+    hardware = detect(config.device, launched)
+    inventory = read_inventory(model_config, checkpoint.entries)
+    resolved, memory = resolve(config, inventory, placement, hardware)
     limits = EngineLimits(
         max_model_len=resolved.max_model_len or model_config.max_position_embeddings,
         num_token_ids=count_token_ids(directory, model_config.vocab_size),
         block_size=resolved.cache.block_size,
     )
-    return Preparation(resolved, model_config, checkpoint, memory, limits)
+    return Preparation(resolved, placement, hardware, model_config, checkpoint, memory, limits)
 
 
-def load_engine(preparation: Preparation, on_layer: Callable[[int], None] = lambda layer: None) -> Engine:
-    """Load the weights and build the engine; `on_layer` is told of each layer loaded."""
-    config = preparation.config
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+def load_worker(
+    preparation: Preparation, group: RankGroup, on_layer: Callable[[int], None] = lambda layer: None
+) -> Worker[torch.Tensor]:
+    """Load the rank's weights and allocate its KV cache; `on_layer` is told of each layer loaded.
+
+    Raises:
+        CheckpointError: a file cannot be read, or its numbers cannot be meant.
+    """
+    config, model_config = preparation.config, preparation.model_config
+    device, dtype = preparation.hardware.torch_device, _activation_dtype(config)
     ops = ReferenceOps(dtype)
     weights = load_weights(
         preparation.checkpoint,
-        preparation.model_config,
-        ops,
+        model_config,
+        ops.prepare_weight,
         device,
         dtype,
         weight_dtypes=config.weights,
+        placement=preparation.placement,
         on_layer=on_layer,
     )
-    geometry = preparation.memory.cache_geometry
-    runner = ModelRunner(
-        model=Glm4Moe(preparation.model_config, weights, ops),
-        sampler=Sampler(ops, preparation.limits.num_token_ids),
-        kv_cache=allocate_kv_cache(geometry, dtype, device),
-        device=device,
-    )
+    model = Glm4Moe(model_config, weights, ops, device, group.all_reduce)
+    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, dtype, device)
+    return Worker(model_config, model, kv_cache, group, device, dtype)
+
+
+def build_engine(preparation: Preparation, worker: Worker[torch.Tensor], group: RankGroup) -> Engine:
+    """Rank 0's engine around its worker."""
+    config, geometry = preparation.config, preparation.memory.cache_geometry
+    sampler = Sampler(ReferenceOps(_activation_dtype(config)), preparation.limits.num_token_ids)
     scheduler = Scheduler(
         config.scheduler,
         BlockPool(geometry.num_blocks),
         geometry.block_size,
         config.cache.enable_prefix_caching,
     )
+    runner = ModelRunner(worker, sampler, group, geometry.block_size)
     return Engine(runner, scheduler, preparation.limits)
+
+
+def load_engine(preparation: Preparation) -> Engine:
+    """Load an engine of one rank, in this process."""
+    group = RankGroup(preparation.placement)
+    return build_engine(preparation, load_worker(preparation, group), group)
+
+
+def _activation_dtype(config: EngineConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype

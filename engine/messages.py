@@ -43,13 +43,6 @@ class Abort(Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
-class Start(Struct, frozen=True, kw_only=True, tag=True):
-    """First message to an engine process: load this. `log_level` is one of the logging module's."""
-
-    config: EngineConfig
-    log_level: int
-
-
 class TokenLogprobs(Struct, frozen=True, kw_only=True):
     """Natural logarithms of probabilities before temperature and truncation.
 
@@ -103,6 +96,6 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
     num_preemptions: int
 
 
-ToEngine = Start | Request | Abort
+ToEngine = Request | Abort
 FromEngine = EngineReady | EngineFailed | TokenEvent | RequestRefused | EngineStats
 EngineEvent = TokenEvent | RequestRefused

@@ -1,8 +1,12 @@
-"""GLM-4.x as a sequence of operations; how each is computed is the backend's business."""
+"""GLM-4.x as a sequence of operations; how each is computed is the backend's business.
+
+A rank runs its pipeline stage with its share of every layer. What is divided among the ranks of a stage comes
+out as partial sums, which are added up in three places: after the embedding, attention and feed-forward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic
 
 import torch
@@ -21,41 +25,64 @@ from nybble.kernels.ops import (
 )
 
 
-class Glm4Moe(Generic[W]):
-    """The main model: token ids in, hidden states and logits out."""
+def _unchanged(partial: Tensor) -> Tensor:
+    return partial
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights[W], ops: Ops[W]) -> None:
+
+class Glm4Moe(Generic[W]):
+    """A rank's part of the main model: token ids in, hidden states and logits out.
+
+    all_reduce: adds up partial sums over the ranks of the stage; with one rank they are the sums.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights[W],
+        ops: Ops[W],
+        device: torch.device,
+        all_reduce: Callable[[Tensor], Tensor] = _unchanged,
+    ) -> None:
         self._weights = weights
         self._ops = ops
-        device = weights.embedding.device
+        self._all_reduce = all_reduce
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
         # [rotary_dim / 2]
         self._inverse_frequencies = 1.0 / config.rope_theta ** (exponents / config.rotary_dim)
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states [T, H] of token_ids int64 [T]. On the first stage only."""
+        if self._weights.embedding is None:
+            raise ValueError("this pipeline stage does not hold the embedding")
+        return self._all_reduce(self._ops.embed(token_ids, self._weights.embedding))
+
     def forward(
         self,
-        token_ids: Tensor,
+        hidden: Tensor,
         positions: Tensor,
         kv_cache: Sequence[KVCacheLayer],
         batch: AttentionBatch,
     ) -> Tensor:
-        """Hidden states [T, H], before the final norm, of token_ids and positions int64 [T].
+        """Run hidden states [T, H] of tokens at positions int64 [T] through the layers of this stage.
 
         Writes every token's keys and values to `kv_cache`, one entry a layer.
         """
         ops = self._ops
-        hidden = ops.embed(token_ids, self._weights.embedding)
         angles = self._rotary_angles(positions, hidden.dtype)
         for layer, cache in zip(self._weights.layers, kv_cache, strict=True):
             query = ops.attention_input(hidden, layer.attention, angles, cache, batch.slots)
             attended = ops.paged_attention(query, cache, batch)
-            hidden = ops.attention_output(attended, hidden, layer.attention)
-            hidden = self._feed_forward(hidden, layer.feed_forward)
+            hidden = hidden + self._all_reduce(ops.attention_output(attended, layer.attention))
+            hidden = hidden + self._all_reduce(self._feed_forward(hidden, layer.feed_forward))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [S, V] of hidden [S, H]."""
-        return self._ops.logits(hidden, self._weights.norm, self._weights.head)
+        """float32 logits [S, V] of hidden [S, H], of this rank's share V of the vocabulary. On the last stage
+        only."""
+        head = self._weights.head
+        if head is None:
+            raise ValueError("this pipeline stage does not hold the head")
+        return self._ops.logits(hidden, head.norm, head.matrix)
 
     def _feed_forward(self, hidden: Tensor, weights: DenseWeights[W] | MoeWeights[W]) -> Tensor:
         if isinstance(weights, DenseWeights):

@@ -1,4 +1,4 @@
-"""Runs a step plan on the model."""
+"""Runs a step plan on the model: all ranks compute, rank 0 samples."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ from typing import Generic
 
 import torch
 
-from nybble.engine.model import Glm4Moe
+from nybble.engine.rank_group import RankGroup
 from nybble.engine.sampler import Sampler
-from nybble.engine.step import SampledToken, StepPlan, build_step_input
-from nybble.kernels.ops import KVCacheLayer, W
+from nybble.engine.step import SampledToken, StepPlan, build_step_input, pack
+from nybble.engine.worker import Worker
+from nybble.kernels.ops import W
 
 
 class ModelRunner(Generic[W]):
-    def __init__(
-        self,
-        model: Glm4Moe[W],
-        sampler: Sampler[W],
-        kv_cache: tuple[KVCacheLayer, ...],
-        device: torch.device,
-    ) -> None:
-        self._model = model
+    """Rank 0's."""
+
+    def __init__(self, worker: Worker[W], sampler: Sampler[W], group: RankGroup, block_size: int) -> None:
+        self._worker = worker
         self._sampler = sampler
-        self._kv_cache = kv_cache
-        self._block_size = kv_cache[0].keys.shape[1]
-        self._device = device
+        self._group = group
+        self._block_size = block_size
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SampledToken]:
         """Compute the plan's tokens; returns the next token of each of its sampling chunks."""
-        step = build_step_input(plan, self._block_size, self._device)
-        hidden = self._model.forward(step.token_ids, step.positions, self._kv_cache, step.attention)
-        if not plan.sampling_chunks:
-            return []
-        logits = self._model.logits(hidden[step.logit_rows])
-        return self._sampler.sample(logits, plan.sampling_chunks)
+        step = build_step_input(plan, self._block_size)
+        self._group.announce(pack(step))
+        logits = self._worker.execute(step)
+        return [] if logits is None else self._sampler.sample(logits, plan.sampling_chunks)

@@ -1,4 +1,4 @@
-"""Which tensors a GLM checkpoint must hold.
+"""Which tensors a GLM checkpoint must hold, and how ranks divide each.
 
 Layers from num_hidden_layers on are draft (MTP) layers: recognised and set aside.
 """
@@ -16,12 +16,29 @@ from nybble.engine.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Tensor-parallel ranks divide dimension `axis` evenly, in `num_units` pieces that stay whole.
+
+    Where ranks exceed the pieces, several ranks hold the same one.
+    """
+
+    axis: int
+    num_units: int
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """A tensor that the model needs. `is_linear`: a matrix that may be stored quantized."""
+    """A tensor that the model needs.
+
+    is_linear: a matrix that may be stored quantized; shard: how tensor-parallel ranks divide it, None if
+    each holds all of it; is_expert: part of a routed expert, which expert-parallel ranks hold whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     is_linear: bool = False
+    shard: Shard | None = None
+    is_expert: bool = False
 
     @property
     def module(self) -> str:
@@ -33,12 +50,14 @@ class Parameter:
 
 def expected_parameters(config: ModelConfig) -> Iterator[Parameter]:
     """Every parameter of the main model, under its checkpoint name."""
-    yield Parameter("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    vocabulary = (config.vocab_size, config.hidden_size)
+    by_id = Shard(0, config.vocab_size)
+    yield Parameter("model.embed_tokens.weight", vocabulary, shard=by_id)
     for layer in range(config.num_hidden_layers):
         yield from _layer(config, layer)
     yield Parameter("model.norm.weight", (config.hidden_size,))
     if not config.tie_word_embeddings:
-        yield Parameter("lm_head.weight", (config.vocab_size, config.hidden_size), is_linear=True)
+        yield Parameter("lm_head.weight", vocabulary, is_linear=True, shard=by_id)
 
 
 def check_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
@@ -79,27 +98,36 @@ def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     yield Parameter(f"{prefix}.mlp.gate.weight", (config.n_routed_experts, hidden))
     yield Parameter(f"{prefix}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,))
     for expert in range(config.n_routed_experts):
-        yield from _mlp(f"{prefix}.mlp.experts.{expert}", hidden, config.moe_intermediate_size)
+        name = f"{prefix}.mlp.experts.{expert}"
+        yield from _mlp(name, hidden, config.moe_intermediate_size, is_expert=True)
     yield from _mlp(f"{prefix}.mlp.shared_experts", hidden, config.shared_expert_size)
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
-    query = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    for name, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
-        yield Parameter(f"{prefix}.{name}.weight", (rows, config.hidden_size), is_linear=True)
+    """Ranks divide heads: rows of what produces them, columns of what takes them."""
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    for name, units in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
+        rows, shard = units * width, Shard(0, units)
+        yield Parameter(f"{prefix}.{name}.weight", (rows, config.hidden_size), is_linear=True, shard=shard)
         if config.attention_bias:
-            yield Parameter(f"{prefix}.{name}.bias", (rows,))
+            yield Parameter(f"{prefix}.{name}.bias", (rows,), shard=shard)
     if config.use_qk_norm:
-        yield Parameter(f"{prefix}.q_norm.weight", (config.head_dim,))
-        yield Parameter(f"{prefix}.k_norm.weight", (config.head_dim,))
-    yield Parameter(f"{prefix}.o_proj.weight", (config.hidden_size, query), is_linear=True)
+        yield Parameter(f"{prefix}.q_norm.weight", (width,))
+        yield Parameter(f"{prefix}.k_norm.weight", (width,))
+    shape, by_head = (config.hidden_size, heads * width), Shard(1, heads)
+    yield Parameter(f"{prefix}.o_proj.weight", shape, is_linear=True, shard=by_head)
 
 
-def _mlp(prefix: str, hidden: int, width: int) -> Iterator[Parameter]:
-    yield Parameter(f"{prefix}.gate_proj.weight", (width, hidden), is_linear=True)
-    yield Parameter(f"{prefix}.up_proj.weight", (width, hidden), is_linear=True)
-    yield Parameter(f"{prefix}.down_proj.weight", (hidden, width), is_linear=True)
+def _mlp(prefix: str, hidden: int, width: int, is_expert: bool = False) -> Iterator[Parameter]:
+    """Ranks divide the neurons."""
+    for name, shape, axis in (
+        ("gate_proj", (width, hidden), 0),
+        ("up_proj", (width, hidden), 0),
+        ("down_proj", (hidden, width), 1),
+    ):
+        yield Parameter(
+            f"{prefix}.{name}.weight", shape, is_linear=True, shard=Shard(axis, width), is_expert=is_expert
+        )
 
 
 def _check_parameter(parameter: Parameter, entries: Mapping[str, TensorEntry]) -> Iterator[str]:

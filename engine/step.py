@@ -56,9 +56,19 @@ class StepInput:
     attention: AttentionBatch
     logit_rows: Tensor
 
+    def to(self, device: torch.device) -> StepInput:
+        attention = AttentionBatch(
+            query_starts=self.attention.query_starts.to(device),
+            context_lengths=self.attention.context_lengths.to(device),
+            block_tables=self.attention.block_tables.to(device),
+            slots=self.attention.slots.to(device),
+        )
+        token_ids, positions = self.token_ids.to(device), self.positions.to(device)
+        return StepInput(token_ids, positions, attention, self.logit_rows.to(device))
 
-def build_step_input(plan: StepPlan, block_size: int, device: torch.device) -> StepInput:
-    """Flatten a plan: the chunks one after the other, in its order."""
+
+def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
+    """Flatten a plan, on the host: the chunks one after the other, in its order."""
     lengths = np.array([len(chunk.token_ids) for chunk in plan.chunks])
     ends = lengths.cumsum()
     spans = [(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in plan.chunks]
@@ -69,7 +79,7 @@ def build_step_input(plan: StepPlan, block_size: int, device: torch.device) -> S
     samples = np.array([chunk.sampling is not None for chunk in plan.chunks])
 
     def tensor(values: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(values.astype(dtype)).to(device)
+        return torch.from_numpy(values.astype(dtype))
 
     return StepInput(
         token_ids=tensor(np.concatenate([chunk.token_ids for chunk in plan.chunks]), np.int64),
@@ -82,6 +92,39 @@ def build_step_input(plan: StepPlan, block_size: int, device: torch.device) -> S
         ),
         logit_rows=tensor((ends - 1)[samples], np.int64),
     )
+
+
+def pack(step: StepInput) -> Tensor:
+    """A step on the host as int64 [N], for the way to other ranks."""
+    attention = step.attention
+    num_sequences, max_blocks = attention.block_tables.shape
+    sizes = torch.tensor([len(step.token_ids), num_sequences, max_blocks, len(step.logit_rows)])
+    return torch.cat(
+        (
+            sizes,
+            step.token_ids,
+            step.positions,
+            attention.slots,
+            step.logit_rows,
+            attention.query_starts.long(),
+            attention.context_lengths.long(),
+            attention.block_tables.flatten().long(),
+        )
+    )
+
+
+def unpack(numbers: Tensor) -> StepInput:
+    """The inverse of `pack`."""
+    num_tokens, num_sequences, max_blocks, num_rows = numbers[:4].tolist()
+    lengths = [num_tokens] * 3 + [num_rows, num_sequences + 1, num_sequences, num_sequences * max_blocks]
+    token_ids, positions, slots, rows, starts, contexts, tables = torch.split(numbers[4:], lengths)
+    attention = AttentionBatch(
+        query_starts=starts.int(),
+        context_lengths=contexts.int(),
+        block_tables=tables.int().view(num_sequences, max_blocks),
+        slots=slots,
+    )
+    return StepInput(token_ids, positions, attention, rows)
 
 
 def _block_tables(plan: StepPlan) -> np.ndarray:

@@ -22,6 +22,7 @@ from nybble.engine.messages import SamplingParams
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import Parameter, check_tensors, expected_parameters
+from nybble.engine.placement import Placement
 from nybble.engine.quantization_config import check_quantization, read_quantization_config
 from nybble.engine.step import Chunk, StepPlan, build_step_input
 from nybble.engine.weights import load_weights
@@ -106,11 +107,12 @@ def _layer_of(name: str) -> int:
 def _hidden(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     """float32 hidden states [_NUM_TOKENS, H] of fixed random tokens."""
     ops = ReferenceOps(dtype)
-    model = Glm4Moe(config, load_weights(checkpoint, config, ops, _CPU, dtype), ops)
-    geometry = CacheGeometry.of(config, dtype.itemsize, block_size=_NUM_TOKENS, num_blocks=1)
+    weights = load_weights(checkpoint, config, ops.prepare_weight, _CPU, dtype)
+    model = Glm4Moe(config, weights, ops, _CPU)
+    geometry = CacheGeometry.of(config, Placement(), dtype.itemsize, block_size=_NUM_TOKENS, num_blocks=1)
     random = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, config.vocab_size, (_NUM_TOKENS,), generator=random).tolist()
     plan = StepPlan((Chunk("self-test", token_ids, 0, [0], SamplingParams(max_tokens=1)),))
-    step = build_step_input(plan, _NUM_TOKENS, _CPU)
+    step = build_step_input(plan, _NUM_TOKENS)
     cache = allocate_kv_cache(geometry, dtype, _CPU)
-    return model.forward(step.token_ids, step.positions, cache, step.attention).float()
+    return model.forward(model.embed(step.token_ids), step.positions, cache, step.attention).float()

@@ -1,32 +1,34 @@
-"""From checkpoint to model weights, one layer at a time.
+"""From checkpoint to a rank's model weights, one layer at a time.
 
-Peak memory beyond the finished weights is twice one layer's experts as stored (one by one, and stacked)
-and, for a backend that dequantizes, float32 copies of one matrix. Fused matrices (q/k/v, gate/up) are
-joined row-wise, in FP4 without touching a code.
+Fused matrices (q/k/v, gate/up) and the stacks of experts are read to where they belong, in FP4 without
+touching a code. Only where their parts are stored differently, or re-quantized, are they read one by one
+and then joined. Peak memory beyond the finished weights is that of the largest stack as stored (gate and up
+of a layer's experts), for a backend that keeps another form, and float32 copies of one matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
 import torch
 from torch import Tensor
 
-from nybble.engine.checkpoint import Checkpoint
-from nybble.engine.layouts import read_matrix
+from nybble.engine.checkpoint import Checkpoint, Span
+from nybble.engine.layouts import Part, is_uniform, read_matrix, read_stack
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import check_tensors
+from nybble.engine.parameters import check_tensors, expected_parameters
+from nybble.engine.placement import Placement
 from nybble.engine.weight_dtypes import WeightDtype, WeightDtypes, recast
 from nybble.kernels import quantized_tensor
 from nybble.kernels.ops import (
     AttentionShape,
     AttentionWeights,
     DenseWeights,
+    Embedding,
     MlpWeights,
     MoeWeights,
-    Ops,
     RmsNorm,
     RouterWeights,
     W,
@@ -43,96 +45,126 @@ class LayerWeights(Generic[W]):
 
 
 @dataclass(frozen=True)
-class ModelWeights(Generic[W]):
-    """embedding: [V, H] in the activation dtype; head: [V, H] in the backend's form."""
+class HeadWeights(Generic[W]):
+    """norm: the last one; matrix: [V, H] in the backend's form."""
 
-    embedding: Tensor
-    layers: tuple[LayerWeights[W], ...]
     norm: RmsNorm
-    head: W
+    matrix: W
+
+
+@dataclass(frozen=True)
+class ModelWeights(Generic[W]):
+    """What a rank holds: `embedding` only on the first pipeline stage, `head` only on the last."""
+
+    embedding: Embedding | None
+    layers: tuple[LayerWeights[W], ...]
+    head: HeadWeights[W] | None
 
 
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    ops: Ops[W],
+    prepare_weight: Callable[[Stored], W],
     device: torch.device,
     dtype: torch.dtype,
     weight_dtypes: WeightDtypes | None = None,
+    placement: Placement | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> ModelWeights[W]:
-    """Load the main model for `ops`; `on_layer` is told after each layer.
+    """Load what a rank holds of the main model, by default all of it, and nothing else.
+
+    `prepare_weight` is the backend's, `dtype` that of activations; `on_layer` is told after each layer.
 
     Raises:
         CheckpointError: as `check_tensors`, or a file cannot be read.
     """
     check_tensors(config, checkpoint.entries)
-    loader = _Loader(checkpoint, config, ops, device, dtype, weight_dtypes or WeightDtypes())
+    placement = placement or Placement()
+    loader = _Loader(
+        checkpoint=checkpoint,
+        config=config,
+        prepare_weight=prepare_weight,
+        device=device,
+        dtype=dtype,
+        weight_dtypes=weight_dtypes or WeightDtypes(),
+        placement=placement,
+        spans={parameter.name: placement.span(parameter) for parameter in expected_parameters(config)},
+    )
     return loader.load(on_layer)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Loader(Generic[W]):
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        ops: Ops[W],
-        device: torch.device,
-        dtype: torch.dtype,
-        weight_dtypes: WeightDtypes,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._config = config
-        self._ops = ops
-        self._device = device
-        self._dtype = dtype
-        self._weight_dtypes = weight_dtypes
+    """spans: the rank's part of each parameter."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    prepare_weight: Callable[[Stored], W]
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtypes: WeightDtypes
+    placement: Placement
+    spans: Mapping[str, Span | None]
 
     def load(self, on_layer: Callable[[int], None]) -> ModelWeights[W]:
-        embedding = self._vector("model.embed_tokens.weight")
+        placement = self.placement
+        embedding = self._embedding() if placement.is_first_stage else None
         layers = []
-        for layer in range(self._config.num_hidden_layers):
+        for layer in placement.layers(self.config.num_hidden_layers):
             layers.append(self._layer(layer))
             on_layer(layer)
-        tied = self._config.tie_word_embeddings
-        head: Stored = embedding if tied else self._stored("lm_head")
         return ModelWeights(
             embedding=embedding,
             layers=tuple(layers),
-            norm=self._norm("model.norm"),
-            head=self._ops.prepare_weight(head),
+            head=self._head(embedding) if placement.is_last_stage else None,
         )
+
+    def _embedding(self) -> Embedding:
+        name = "model.embed_tokens.weight"
+        span = self.spans[name]
+        return Embedding(table=self._vector(name), first_id=span.start if span else 0)
+
+    def _head(self, embedding: Embedding | None) -> HeadWeights[W]:
+        norm = self._norm("model.norm")
+        if not self.config.tie_word_embeddings:
+            return HeadWeights(norm, self.prepare_weight(self._stored("lm_head")))
+        tied = embedding or self._embedding()
+        return HeadWeights(norm, self.prepare_weight(tied.table))
 
     def _layer(self, layer: int) -> LayerWeights[W]:
         prefix = f"model.layers.{layer}"
-        is_dense = self._config.is_dense_layer(layer)
+        is_dense = self.config.is_dense_layer(layer)
         return LayerWeights(
             attention=self._attention(prefix),
             feed_forward=self._dense(prefix) if is_dense else self._moe(prefix),
         )
 
     def _attention(self, prefix: str) -> AttentionWeights[W]:
-        config, attention = self._config, f"{prefix}.self_attn"
-        dtype = self._weight_dtypes.attention_dtype
+        config, attention = self.config, f"{prefix}.self_attn"
+        dtype = self.weight_dtypes.attention_dtype
         projections = [f"{attention}.{name}_proj" for name in "qkv"]
         biases = [self._vector(f"{name}.bias") for name in projections if config.attention_bias]
         return AttentionWeights(
-            shape=AttentionShape(
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                rotary_dim=config.rotary_dim,
-            ),
+            shape=self._attention_shape(),
             norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=self._ops.prepare_weight(_join_rows([self._stored(name, dtype) for name in projections])),
+            qkv=self.prepare_weight(self._joined(projections, dtype)),
             qkv_bias=torch.cat(biases) if biases else None,
             query_norm=self._norm(f"{attention}.q_norm") if config.use_qk_norm else None,
             key_norm=self._norm(f"{attention}.k_norm") if config.use_qk_norm else None,
-            output=self._ops.prepare_weight(self._stored(f"{attention}.o_proj", dtype)),
+            output=self.prepare_weight(self._stored(f"{attention}.o_proj", dtype)),
+        )
+
+    def _attention_shape(self) -> AttentionShape:
+        config, placement = self.config, self.placement
+        return AttentionShape(
+            num_heads=len(placement.units(config.num_attention_heads)),
+            num_kv_heads=len(placement.units(config.num_key_value_heads)),
+            head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
         )
 
     def _dense(self, prefix: str) -> DenseWeights[W]:
-        norm, dtype = self._norm(f"{prefix}.post_attention_layernorm"), self._weight_dtypes.dense_mlp_dtype
+        norm, dtype = self._norm(f"{prefix}.post_attention_layernorm"), self.weight_dtypes.dense_mlp_dtype
         return DenseWeights(norm=norm, mlp=self._mlp(f"{prefix}.mlp", dtype))
 
     def _moe(self, prefix: str) -> MoeWeights[W]:
@@ -140,11 +172,12 @@ class _Loader(Generic[W]):
             norm=self._norm(f"{prefix}.post_attention_layernorm"),
             router=self._router(f"{prefix}.mlp.gate"),
             experts=self._experts(f"{prefix}.mlp.experts"),
-            shared_expert=self._mlp(f"{prefix}.mlp.shared_experts", self._weight_dtypes.shared_expert_dtype),
+            shared_expert=self._mlp(f"{prefix}.mlp.shared_experts", self.weight_dtypes.shared_expert_dtype),
+            first_expert=self.placement.experts(self.config.n_routed_experts).start,
         )
 
     def _router(self, name: str) -> RouterWeights:
-        config = self._config
+        config = self.config
         return RouterWeights(
             weight=self._read(f"{name}.weight").float(),
             bias=self._read(f"{name}.e_score_correction_bias").float(),
@@ -156,31 +189,46 @@ class _Loader(Generic[W]):
         )
 
     def _experts(self, prefix: str) -> MlpWeights[W]:
-        names = [f"{prefix}.{expert}" for expert in range(self._config.n_routed_experts)]
-        gate_up = _stack([self._gate_up(name) for name in names])
-        down = _stack([self._stored(f"{name}.down_proj") for name in names])
-        return MlpWeights(self._ops.prepare_weight(gate_up), self._ops.prepare_weight(down))
+        held = self.placement.experts(self.config.n_routed_experts)
+        names = [f"{prefix}.{expert}" for expert in held]
+        gate_up = [[f"{name}.gate_proj", f"{name}.up_proj"] for name in names]
+        # One after the other, so that only one of them is held in both forms at a time.
+        return MlpWeights(
+            gate_up=self.prepare_weight(self._stacked(gate_up)),
+            down=self.prepare_weight(self._stacked([[f"{name}.down_proj"] for name in names])),
+        )
 
     def _mlp(self, name: str, dtype: WeightDtype) -> MlpWeights[W]:
-        down = self._stored(f"{name}.down_proj", dtype)
-        gate_up = self._gate_up(name, dtype)
-        return MlpWeights(self._ops.prepare_weight(gate_up), self._ops.prepare_weight(down))
-
-    def _gate_up(self, name: str, dtype: WeightDtype = "stored") -> Stored:
-        return _join_rows([self._stored(f"{name}.{part}_proj", dtype) for part in ("gate", "up")])
+        gate_up = [f"{name}.gate_proj", f"{name}.up_proj"]
+        return MlpWeights(
+            gate_up=self.prepare_weight(self._joined(gate_up, dtype)),
+            down=self.prepare_weight(self._stored(f"{name}.down_proj", dtype)),
+        )
 
     def _norm(self, name: str) -> RmsNorm:
-        return RmsNorm(weight=self._vector(f"{name}.weight"), eps=self._config.rms_norm_eps)
+        return RmsNorm(weight=self._vector(f"{name}.weight"), eps=self.config.rms_norm_eps)
 
     def _vector(self, name: str) -> Tensor:
-        return self._read(name).to(self._dtype)
+        return self._read(name).to(self.dtype)
 
     def _stored(self, name: str, dtype: WeightDtype = "stored") -> Stored:
-        """A linear layer's weight as the checkpoint stores it, or re-quantized."""
-        return recast(read_matrix(self._checkpoint, name).to(self._device), dtype)
+        """The rank's share of a linear layer's weight as the checkpoint stores it, or re-quantized."""
+        stored = read_matrix(self.checkpoint, name, self.spans[f"{name}.weight"])
+        return recast(stored.to(self.device), dtype)
+
+    def _joined(self, names: Sequence[str], dtype: WeightDtype) -> Stored:
+        """The rows of several modules, one below the other."""
+        return self._stacked([names], dtype)[0]
+
+    def _stacked(self, grid: Sequence[Sequence[str]], dtype: WeightDtype = "stored") -> Stored:
+        """A stack of matrices, each the rows of the modules in one line of `grid`."""
+        parts = [[Part(name, self.spans[f"{name}.weight"]) for name in names] for names in grid]
+        if dtype == "stored" and is_uniform(self.checkpoint, parts):
+            return read_stack(self.checkpoint, parts).to(self.device)
+        return _stack([_join_rows([self._stored(name, dtype) for name in names]) for names in grid])
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name).to(self._device)
+        return self.checkpoint.read(name, self.spans[name]).to(self.device)
 
 
 def _join_rows(parts: Sequence[Stored]) -> Stored:

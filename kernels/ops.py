@@ -5,8 +5,12 @@ The model calls the five composite operations of a layer (`attention_input`, `pa
 fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every operation
 takes and returns tensors and the dataclasses below, never a model or a context.
 
+Weights may be one rank's share of a model. Then `embed`, `attention_output`, `dense_mlp` and `moe` return
+partial sums: added over the ranks, and to the hidden states, they are the model's. No operation communicates.
+
 Shapes: T tokens in the step (of all sequences, one after the other), S sequences, H hidden size,
-D head dim, V vocabulary. `W` is a backend's own form of a weight matrix.
+D head dim, V vocabulary. `W` is a backend's own form of a weight matrix. Heads, MLP widths, experts and
+vocabulary are counted as the weights at hand have them.
 """
 
 from __future__ import annotations
@@ -27,6 +31,14 @@ class RmsNorm:
 
     weight: Tensor
     eps: float
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """table [V, H] in the activation dtype: the rows of token ids first_id .. first_id + V."""
+
+    table: Tensor
+    first_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,17 @@ class RouterWeights:
 
 @dataclass(frozen=True)
 class MoeWeights(Generic[W]):
-    """Feed-forward part of a sparse layer. `experts` holds stacks: gate_up [E, 2I, H], down [E, H, I]."""
+    """Feed-forward part of a sparse layer.
+
+    `experts` holds stacks of those from `first_expert` on: gate_up [E, 2I, H], down [E, H, I]. The router
+    knows all of them.
+    """
 
     norm: RmsNorm
     router: RouterWeights
     experts: MlpWeights[W]
     shared_expert: MlpWeights[W]
+    first_expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,8 +179,8 @@ class Ops(Protocol[W]):
     def prepare_weight(self, weight: Tensor | QuantizedTensor) -> W:
         """The backend's form of a matrix [N, K] or a stack [E, N, K]; called once for each weight."""
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """[T, H] rows of `table` [V, H] for token_ids int64 [T]."""
+    def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
+        """[T, H]: the rows of token_ids int64 [T], zeros for those that the table does not hold."""
 
     def attention_input(
         self,
@@ -182,14 +199,14 @@ class Ops(Protocol[W]):
         """Causal attention of query [T, num_heads, D] over each sequence's blocks, scaled by
         1 / sqrt(D): [T, num_heads * D]."""
 
-    def attention_output(self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[W]) -> Tensor:
-        """hidden [T, H] plus the output projection of attended [T, num_heads * D]."""
+    def attention_output(self, attended: Tensor, weights: AttentionWeights[W]) -> Tensor:
+        """[T, H]: the output projection of attended [T, num_heads * D]."""
 
     def dense_mlp(self, hidden: Tensor, weights: DenseWeights[W]) -> Tensor:
-        """hidden [T, H] plus the MLP of its norm."""
+        """[T, H]: the MLP of the norm of hidden [T, H]."""
 
     def moe(self, hidden: Tensor, weights: MoeWeights[W]) -> Tensor:
-        """hidden [T, H] plus routed and shared experts of its norm."""
+        """[T, H]: routed and shared experts of the norm of hidden [T, H]."""
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: W) -> Tensor:
         """float32 [S, V]: the head applied to the norm of hidden [S, H]."""

@@ -16,6 +16,7 @@ from nybble.kernels.ops import (
     AttentionShape,
     AttentionWeights,
     DenseWeights,
+    Embedding,
     KVCacheLayer,
     MlpWeights,
     MoeWeights,
@@ -42,8 +43,11 @@ class ReferenceOps:
             return weight.dequantize(self.dtype)
         return weight.to(self.dtype)
 
-    def embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(token_ids, table)
+    def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
+        rows = token_ids - embedding.first_id
+        is_elsewhere = (rows < 0) | (rows >= embedding.table.shape[0])
+        found = F.embedding(rows.masked_fill(is_elsewhere, 0), embedding.table)
+        return found.masked_fill(is_elsewhere.unsqueeze(-1), 0)
 
     def attention_input(
         self,
@@ -69,17 +73,17 @@ class ReferenceOps:
             outputs.append(causal_attention(queries, keys, values))
         return torch.cat(outputs).flatten(1)
 
-    def attention_output(self, attended: Tensor, hidden: Tensor, weights: AttentionWeights[Tensor]) -> Tensor:
-        return hidden + F.linear(attended, weights.output)
+    def attention_output(self, attended: Tensor, weights: AttentionWeights[Tensor]) -> Tensor:
+        return F.linear(attended, weights.output)
 
     def dense_mlp(self, hidden: Tensor, weights: DenseWeights[Tensor]) -> Tensor:
-        return hidden + mlp(rms_norm(hidden, weights.norm), weights.mlp)
+        return mlp(rms_norm(hidden, weights.norm), weights.mlp)
 
     def moe(self, hidden: Tensor, weights: MoeWeights[Tensor]) -> Tensor:
         x = rms_norm(hidden, weights.norm)
-        routed = experts(x, route(x, weights.router), weights.experts)
+        routed = experts(x, route(x, weights.router), weights.experts, weights.first_expert)
         shared = mlp(x, weights.shared_expert).float()
-        return hidden + (routed + shared).to(hidden.dtype)
+        return (routed + shared).to(hidden.dtype)
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
         return F.linear(rms_norm(hidden, norm), head).float()
@@ -181,12 +185,17 @@ def _mask_weak_groups(choice: Tensor, router: RouterWeights) -> Tensor:
     return grouped.masked_fill(is_weak.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor]) -> Tensor:
-    """float32 [T, H]: the weighted sum of each token's experts, added in the order of their ids."""
+def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor], first_expert: int = 0) -> Tensor:
+    """float32 [T, H]: the weighted sum of each token's experts, added in the order of their ids.
+
+    Of those that are not in the stacks, which hold first_expert and the following ones, nothing is added.
+    """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in sorted(set(routing.ids.flatten().tolist())):
+    held = range(first_expert, first_expert + len(weights.gate_up))
+    for expert in sorted(set(routing.ids.flatten().tolist()).intersection(held)):
         tokens, ranks = (routing.ids == expert).nonzero(as_tuple=True)
-        expert_weights = MlpWeights(weights.gate_up[expert], weights.down[expert])
+        row = expert - first_expert
+        expert_weights = MlpWeights(weights.gate_up[row], weights.down[row])
         output = mlp(x[tokens], expert_weights).float()
         total.index_add_(0, tokens, output * routing.weights[tokens, ranks].unsqueeze(-1))
     return total

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nybble.engine.errors import NybbleError
+from nybble.engine.launch import end_with_parent
+from nybble.engine.launched_rank import LaunchedRank, is_launched
 from nybble.server.chat_client import ChatClient
 from nybble.server.options import add_options, from_options
 from nybble.server.server_config import ServeConfig
@@ -124,7 +127,16 @@ def _serve(options: argparse.Namespace) -> None:
     # Here, since torch and transformers take seconds that `chat` need not wait.
     from nybble.server.serve import run_on_uvloop, serve
 
-    run_on_uvloop(serve(from_options(ServeConfig, vars(options))))
+    config = from_options(ServeConfig, vars(options))
+    is_first = LaunchedRank.from_environment().rank == 0
+    if is_launched():
+        end_with_parent(signal.SIGTERM if is_first else signal.SIGKILL)
+    if is_first:
+        run_on_uvloop(serve(config))
+        return
+    from nybble.engine.engine_process import end_process, follow, run_rank
+
+    end_process(run_rank(lambda: follow(config.engine)))
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import os
 
-# As for the engine process (engine_client.py), and before torch is imported.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
+from nybble.engine.tuning import TUNING
+
+os.environ.update(TUNING | os.environ)  # before torch is imported
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -13,20 +13,17 @@ from rich.table import Table
 
 from nybble.engine.capacity import (
     BATCHES,
-    WORKSPACE_BYTES,
+    PLANNED_KV_DTYPES,
     Ceiling,
     Plan,
-    Shortfall,
     SplitPlan,
     decode_ceiling,
     decode_ceilings,
     make_plan,
 )
 from nybble.engine.checkpoint import Checkpoint
-from nybble.engine.engine_config import GIB
-from nybble.engine.gpu_specs import GpuSet
+from nybble.engine.gpu_specs import GIB, GpuSet, GpuSpec
 from nybble.engine.inventory import (
-    KV_ITEM_BYTES,
     Inventory,
     KVDtype,
     PartSize,
@@ -35,10 +32,11 @@ from nybble.engine.inventory import (
 )
 from nybble.engine.model_config import ModelConfig, read_json_object
 from nybble.engine.parameters import check_tensors
+from nybble.engine.shortfall import Shortfall
 
 MEMORY_MODEL = (
     "memory (modelled): each GPU holds its share of the weights as they are stored and "
-    f"{WORKSPACE_BYTES // GIB} GiB of workspace; the rest is KV cache"
+    f"{GpuSpec.workspace_gib} GiB of workspace; the rest is KV cache"
 )
 DECODE_MODEL = (
     "tokens/s (modelled: an upper bound, not measured): a step reads weights and KV cache once at peak "
@@ -91,17 +89,25 @@ def read_model(path: Path) -> Inventory:
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """The plan as JSON; bytes and counts are whole numbers, memory is per GPU unless said otherwise."""
     return {
-        "gpus": {"count": plan.gpus.count, **dataclasses.asdict(plan.gpus.gpu)},
+        "gpus": _gpu_fields(plan.gpus),
         "max_model_len": plan.max_model_len,
         "parts": [dataclasses.asdict(part) for part in plan.inventory.part_sizes()],
         "main_model": _main_fields(plan.inventory),
-        "kv_bytes_per_token": {dtype: plan.inventory.kv_bytes_per_token(dtype) for dtype in KV_ITEM_BYTES},
+        "kv_bytes_per_token": {
+            dtype: plan.inventory.kv_bytes_per_token(dtype) for dtype in PLANNED_KV_DTYPES
+        },
         "fits": plan.shortfall is None,
-        "shortfall": None if plan.shortfall is None else _shortfall_fields(plan, plan.shortfall),
+        "shortfall": plan.shortfall and _shortfall_fields(plan.shortfall),
         "splits": [_split_fields(plan, candidate) for candidate in plan.candidates],
         "decode_ceilings": [dataclasses.asdict(ceiling) for ceiling in decode_ceilings(plan)],
         "modelled": [MEMORY_MODEL, DECODE_MODEL],
     }
+
+
+def _gpu_fields(gpus: GpuSet) -> dict[str, Any]:
+    fields = dataclasses.asdict(gpus.gpu)
+    del fields["noun"]
+    return {"count": gpus.count, **fields}
 
 
 def _main_fields(inventory: Inventory) -> dict[str, int]:
@@ -118,14 +124,24 @@ def _split_fields(plan: Plan, candidate: SplitPlan) -> dict[str, Any]:
         **dataclasses.asdict(candidate.split),
         "weight_bytes": candidate.rank_bytes,
         "kv_room_bytes_all_gpus": candidate.kv_room_bytes,
-        "max_tokens": dict(candidate.max_tokens),
+        "max_tokens": {dtype: candidate.max_tokens[dtype] for dtype in PLANNED_KV_DTYPES},
         "tokens_per_second_batch_1": _first_speed(plan, candidate),
     }
 
 
-def _shortfall_fields(plan: Plan, shortfall: Shortfall) -> dict[str, Any]:
-    changes = list(_changes(plan, shortfall))
-    return {**dataclasses.asdict(shortfall), "reason": _reason(plan, shortfall), "changes": changes}
+def _shortfall_fields(shortfall: Shortfall) -> dict[str, Any]:
+    return {
+        "split": dataclasses.asdict(shortfall.split),
+        "weight_bytes": shortfall.weight_bytes,
+        "cache_bytes": shortfall.cache_bytes,
+        "needed_bytes": shortfall.needed_bytes,
+        "gpu_bytes": shortfall.gpus.gpu.memory_bytes,
+        "shorter_context": shortfall.shorter_context,
+        "fits_without_draft": shortfall.fits_without_draft,
+        "num_gpus": shortfall.num_gpus,
+        "reason": shortfall.reason,
+        "changes": list(shortfall.changes()),
+    }
 
 
 def _report(plan: Plan) -> Iterable[str | Table]:
@@ -145,11 +161,12 @@ def _report(plan: Plan) -> Iterable[str | Table]:
 
 def verdict(plan: Plan) -> str:
     """Whether the model fits and with what context, or why not and what would help."""
-    best, shortfall = plan.best, plan.shortfall
-    if shortfall is not None:
-        changes = "; or ".join(_changes(plan, shortfall))
-        return f"{plan.gpus}: does not fit: {_reason(plan, shortfall)}. Smallest change first: {changes}."
-    contexts = " or ".join(f"{_context(plan, dtype):,} tokens ({dtype} KV cache)" for dtype in KV_ITEM_BYTES)
+    best = plan.best
+    if plan.shortfall is not None:
+        return str(plan.shortfall)
+    contexts = " or ".join(
+        f"{_context(plan, dtype):,} tokens ({dtype} KV cache)" for dtype in PLANNED_KV_DTYPES
+    )
     idle = plan.gpus.count - best.split.num_ranks
     unused = f", which leaves {idle} unused" if idle else ""
     return f"{plan.gpus}: fits, best as {best.split}{unused}; longest context {contexts}."
@@ -157,27 +174,6 @@ def verdict(plan: Plan) -> str:
 
 def _context(plan: Plan, dtype: KVDtype) -> int:
     return min(plan.max_model_len, plan.best.max_tokens[dtype])
-
-
-def _reason(plan: Plan, shortfall: Shortfall) -> str:
-    weights, needed = shortfall.weight_bytes, shortfall.needed_bytes
-    cache = needed - weights - WORKSPACE_BYTES
-    return (
-        f"as {shortfall.split} a GPU needs {_gib(needed)} GiB ({_gib(weights)} weights, "
-        f"{_gib(WORKSPACE_BYTES)} workspace, {_gib(cache)} fp8 KV cache for one request of "
-        f"{plan.max_model_len:,} tokens) and has {_gib(shortfall.usable_bytes)}"
-    )
-
-
-def _changes(plan: Plan, shortfall: Shortfall) -> Iterable[str]:
-    """Each would do by itself."""
-    if shortfall.shorter_context:
-        yield f"a context of at most {shortfall.shorter_context:,} tokens"
-    if shortfall.fits_without_draft:
-        yield "leave out the draft layer"
-    if shortfall.num_gpus is not None:
-        yield str(dataclasses.replace(plan.gpus, count=shortfall.num_gpus))
-    yield f"GPUs with {-(-shortfall.needed_bytes // GIB)} GiB usable"
 
 
 def _parts_table(inventory: Inventory) -> Table:
@@ -203,7 +199,7 @@ def _add_part(table: Table, part: PartSize) -> None:
 
 def _summary(inventory: Inventory) -> str:
     totals = _main_fields(inventory)
-    caches = ", ".join(f"{inventory.kv_bytes_per_token(dtype):,} B in {dtype}" for dtype in KV_ITEM_BYTES)
+    caches = ", ".join(f"{inventory.kv_bytes_per_token(dtype):,} B in {dtype}" for dtype in PLANNED_KV_DTYPES)
     return (
         f"A token uses {totals['active_parameters'] / 1e9:.2f} B parameters and at batch 1 reads "
         f"{totals['bytes_read_per_token'] / 1e9:.1f} GB of weights. KV cache of a token: {caches}."
@@ -212,8 +208,8 @@ def _summary(inventory: Inventory) -> str:
 
 def _splits_table(plan: Plan) -> Table:
     columns = ["TP", "EP", "PP", "weights, GiB a GPU", "KV, GiB in all"]
-    columns += [f"{dtype} KV tokens" for dtype in KV_ITEM_BYTES]
-    columns += [f"{dtype} full requests" for dtype in KV_ITEM_BYTES]
+    columns += [f"{dtype} KV tokens" for dtype in PLANNED_KV_DTYPES]
+    columns += [f"{dtype} full requests" for dtype in PLANNED_KV_DTYPES]
     title = f"{plan.gpus}, best split first; a full request has {plan.max_model_len:,} tokens (modelled)"
     table = _table(title, [], [*columns, "tokens/s alone"])
     for candidate in plan.candidates:
@@ -222,7 +218,7 @@ def _splits_table(plan: Plan) -> Table:
 
 
 def _split_cells(plan: Plan, candidate: SplitPlan) -> Iterable[str]:
-    tokens = [candidate.max_tokens[dtype] for dtype in KV_ITEM_BYTES]
+    tokens = [candidate.max_tokens[dtype] for dtype in PLANNED_KV_DTYPES]
     yield from map(str, dataclasses.astuple(candidate.split))
     yield _gib(candidate.rank_bytes)
     yield _gib(candidate.kv_room_bytes)

@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 
 from nybble.engine.engine_client import SubprocessEngine
-from nybble.engine.errors import NybbleError
+from nybble.engine.errors import EngineDeadError, NybbleError
 from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.app import create_app
@@ -55,6 +55,8 @@ async def serve(config: ServeConfig, announce: Callable[[str], None] = _log_addr
             announce(url_of(sock))
             await server.serve(sockets=[sock])
             logger.info("stopped")
+            if server.has_lost_engine:
+                raise EngineDeadError("a rank ended and with it the engine; start all ranks again")
 
 
 class HTTPServer(uvicorn.Server):
@@ -79,6 +81,16 @@ class HTTPServer(uvicorn.Server):
         timer = asyncio.create_task(self._stop_engine_later())
         await super().shutdown(sockets)
         timer.cancel()
+
+    @property
+    def has_lost_engine(self) -> bool:
+        """Whether the engine ended for good, and the server with it."""
+        return self._engine.has_ended.is_set()
+
+    async def stop_with_engine(self) -> None:
+        """Stop when the engine ends for good."""
+        await self._engine.has_ended.wait()
+        self.stop()
 
     async def _stop_engine_later(self) -> None:
         await asyncio.sleep(self._shutdown_timeout)
@@ -120,7 +132,9 @@ async def prepared_server(
         )
         server = HTTPServer(settings, engine, config.server.shutdown_timeout)
         _listen(sock)
+        watch = asyncio.create_task(server.stop_with_engine())
         yield server, sock
+        watch.cancel()
     finally:
         sock.close()
         await engine.stop()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from safetensors_file import entry, write, write_index, write_raw
 
-from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.checkpoint import Checkpoint, Span
 from nybble.engine.errors import CheckpointError
 
 TENSORS = {
@@ -84,6 +84,56 @@ def test_opening_reads_no_data(single: Path) -> None:
 def test_the_index_decides_where_there_are_both(sharded: Path) -> None:
     save_file({"other": torch.zeros(1)}, sharded / "model.safetensors")
     assert Checkpoint.open(sharded).entries.keys() == TENSORS.keys()
+
+
+# Spans.
+
+SPANNED = {
+    "f32": torch.arange(35, dtype=torch.float32).reshape(5, 7),
+    "bf16": torch.arange(35).bfloat16().reshape(5, 7),
+    "u8": torch.arange(35, dtype=torch.uint8).reshape(5, 7),
+    "fp8": torch.arange(35).to(torch.float8_e4m3fn).reshape(5, 7),
+    "vector": torch.arange(5, dtype=torch.float32),
+}
+SPANS = [
+    Span(axis, start, stop)
+    for axis, size in ((0, 5), (1, 7))
+    for start in range(size)
+    for stop in range(start + 1, size + 1)
+]
+
+
+@pytest.fixture(scope="module")
+def spanned(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    directory = tmp_path_factory.mktemp("spanned")
+    save_file(SPANNED, directory / "model.safetensors")
+    return Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize("name", SPANNED)
+def test_a_span_is_a_slice(name: str, spanned: Checkpoint) -> None:
+    whole = SPANNED[name]
+    for span in (span for span in SPANS if span.axis < whole.ndim):
+        read = spanned.read(name, span)
+        assert read.dtype == whole.dtype
+        assert read.is_contiguous()
+        expected = whole.float().narrow(span.axis, span.start, span.stop - span.start)
+        assert torch.equal(read.float(), expected), span
+
+
+@pytest.mark.parametrize("span", [None, Span(0, 0, 1)])
+def test_reading_again_after_closing(span: Span | None, single: Path) -> None:
+    checkpoint = Checkpoint.open(single)
+    first = checkpoint.read("a.weight", span)
+    checkpoint.close()
+    assert torch.equal(checkpoint.read("a.weight", span), first)
+
+
+def test_a_span_of_a_file_that_vanished_is_named(single: Path) -> None:
+    checkpoint = Checkpoint.open(single)
+    (single / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=re.escape("tensor 'a.weight': cannot be read")):
+        checkpoint.read("a.weight", Span(1, 0, 1))
 
 
 # The directory and the index.

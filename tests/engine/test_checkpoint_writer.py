@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_shards_are_numbered_and_indexed(tmp_path: Path) -> None:
     )
     checkpoint = Checkpoint.open(tmp_path / "glm")
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """A server often runs as another user than the one who prepared its checkpoint."""
+    before = os.umask(0o027)
+    try:
+        with CheckpointWriter(tmp_path / "c") as writer:
+            writer.add("a", torch.zeros(2))
+            writer.write_json("config.json", {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {0o640}
 
 
 def test_metadata_goes_into_the_index_and_the_files(tmp_path: Path) -> None:
@@ -158,16 +171,17 @@ def test_a_model_comes_back_through_the_loader(tmp_path: Path) -> None:
     model = load_weights(
         Checkpoint.open(tmp_path / "glm"),
         _config(),
-        ReferenceOps(torch.float32),
+        ReferenceOps(torch.float32).prepare_weight,
         torch.device("cpu"),
         torch.float32,
         on_layer=loaded_layers.append,
     )
     assert loaded_layers == [0, 1]
     dense, sparse = model.layers
-    assert torch.equal(model.embedding, expected["model.embed_tokens.weight"])
-    assert torch.equal(model.head, expected["lm_head.weight"])
-    assert torch.equal(model.norm.weight, expected["model.norm.weight"])
+    assert model.embedding is not None and model.head is not None
+    assert torch.equal(model.embedding.table, expected["model.embed_tokens.weight"])
+    assert torch.equal(model.head.matrix, expected["lm_head.weight"])
+    assert torch.equal(model.head.norm.weight, expected["model.norm.weight"])
     attention = "model.layers.1.self_attn"
     for kind, joined in (("weight", sparse.attention.qkv), ("bias", sparse.attention.qkv_bias)):
         parts = torch.cat([expected[f"{attention}.{name}_proj.{kind}"] for name in "qkv"])

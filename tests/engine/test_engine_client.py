@@ -7,23 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
-import running as running_module
+from processes import DEADLINE, Family, family, wait_until
 from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
 from tiny_glm import make_checkpoint
 
 from nybble.engine.engine_client import EngineStartError, SubprocessEngine
-from nybble.engine.engine_config import EngineConfig
+from nybble.engine.engine_config import EngineConfig, ParallelConfig
 from nybble.engine.errors import EngineDeadError, InvalidRequestError
 from nybble.engine.messages import EngineStats, Request
 
-DEADLINE = 60.0  # seconds; only a hang reaches it
+ENGINE, LAUNCHER = "nybble.engine.engine_process", "nybble.engine.launch"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     directory = tmp_path_factory.mktemp("glm")
     make_checkpoint(directory, seed=12)
     return tiny_config(directory)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(config: EngineConfig) -> EngineConfig:
+    return replace(config, parallel=ParallelConfig(tensor_parallel_size=2))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
+    """The processes that the engine starts."""
+    with family() as processes:
+        for name, value in processes.mark.items():
+            monkeypatch.setenv(name, value)
+        yield processes
 
 
 @asynccontextmanager
@@ -51,7 +68,7 @@ async def collect(engine: SubprocessEngine, item: Request) -> list[int]:
     return [event.token_id async for event in engine.generate(item)]
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     """Poll: the process on the other side gives no other sign."""
     while not condition():
         await asyncio.sleep(0.01)
@@ -147,31 +164,101 @@ def test_stop_leaves_no_process(config: EngineConfig) -> None:
     drive(work())
 
 
+def launcher(started: Family) -> psutil.Process:
+    (process,) = (process for process in started.members() if LAUNCHER in process.cmdline())
+    return process
+
+
+def test_several_ranks_give_the_tokens_of_one(
+    config: EngineConfig, two_ranks: EngineConfig, started: Family
+) -> None:
+    items = [request(str(n), random_prompt(20 + n, seed=n), 20) for n in range(4)]
+    items.append(request("sampled", random_prompt(20, seed=0), 20, temperature=1.0, seed=7))
+    expected = {name: tokens(events) for name, events in run(tiny_engine(config), *items).items()}
+
+    async def work() -> None:
+        async with running(two_ranks) as engine:
+            results = await asyncio.gather(*(collect(engine, item) for item in items))
+            assert dict(zip(expected, results, strict=True)) == expected
+            assert len(started.members()) == 3  # the launcher and two ranks
+            begin = time.monotonic()
+        assert time.monotonic() - begin < 5
+        assert started.is_gone()
+
+    drive(work())
+
+
+async def fail_and_come_back(engine: SubprocessEngine, victim: psutil.Process, started: Family) -> None:
+    """Every open request gets an error within 5 s, and all that ran is gone before it starts again."""
+    before, process = started.members(), engine._process
+    streams = [engine.generate(request(f"{victim.pid}-{n}", (n, 2, 3), 500)) for n in range(3)]
+    for stream in streams:
+        await anext(stream)
+    victim.kill()
+    killed = time.monotonic()
+    for stream in streams:
+        with pytest.raises(EngineDeadError):
+            while True:
+                await anext(stream)
+    assert time.monotonic() - killed < 5
+    assert not engine.is_alive
+    await until(lambda: engine.is_alive)
+    assert process is not None and process.returncode not in (0, None)
+    assert set(before).isdisjoint(started.members())
+
+
+def test_whichever_process_dies_all_end_and_the_engine_comes_back(
+    two_ranks: EngineConfig, started: Family
+) -> None:
+    item = request("before", random_prompt(20, seed=3), 20)
+    victims: list[Callable[[], psutil.Process]] = [
+        lambda: started.rank(1, ENGINE),
+        lambda: started.rank(0, ENGINE),
+        lambda: launcher(started),
+    ]
+
+    async def work() -> None:
+        async with running(two_ranks) as engine:
+            expected = await collect(engine, item)
+            for number, victim in enumerate(victims):
+                await fail_and_come_back(engine, victim(), started)
+                again = msgspec.structs.replace(item, request_id=f"after {number}")
+                assert await collect(engine, again) == expected
+        assert started.is_gone()
+
+    drive(work())
+
+
 SERVER = """
-import asyncio, sys, psutil
-from running import tiny_config
+import asyncio, sys
+import msgspec
 from nybble.engine.engine_client import SubprocessEngine
+from nybble.engine.engine_config import EngineConfig
 
 async def main():
-    await SubprocessEngine(tiny_config(sys.argv[1])).start()
-    print(psutil.Process().children()[0].pid, flush=True)
+    await SubprocessEngine(msgspec.json.decode(sys.argv[1], type=EngineConfig)).start()
+    print("ready", flush=True)
     await asyncio.sleep(1000)
 
 asyncio.run(main())
 """
 
 
-def test_engine_ends_when_its_server_is_killed(config: EngineConfig) -> None:
-    command = [sys.executable, "-c", SERVER, config.checkpoint]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(running_module.__file__)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as server:
+@pytest.mark.parametrize("ranks", ["config", "two_ranks"])
+def test_engine_ends_when_its_server_is_killed(ranks: str, request: pytest.FixtureRequest) -> None:
+    command = [sys.executable, "-c", SERVER, msgspec.json.encode(request.getfixturevalue(ranks)).decode()]
+    with (
+        family() as processes,
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=processes.environment) as server,
+    ):
         assert server.stdout is not None
-        engine = psutil.Process(int(server.stdout.readline()))
+        assert server.stdout.readline() == b"ready\n"
+        assert len(processes.members()) == (2 if ranks == "config" else 4)
         server.kill()
-    psutil.wait_procs([engine], timeout=DEADLINE)
-    assert not engine.is_running()
+        wait_until(processes.is_gone, DEADLINE)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -180,14 +267,15 @@ def test_engine_ends_when_its_server_is_killed(config: EngineConfig) -> None:
     ],
 )
 def test_bad_checkpoint_is_reported_and_leaves_no_process(
-    tmp_path: Path, damage: Callable[[Path], None], message: str
+    tmp_path: Path, started: Family, damage: Callable[[Path], None], message: str, num_ranks: int
 ) -> None:
     make_checkpoint(tmp_path)
     damage(tmp_path)
+    config = replace(tiny_config(tmp_path), parallel=ParallelConfig(tensor_parallel_size=num_ranks))
 
     async def work() -> None:
         with pytest.raises(EngineStartError, match=message):
-            await SubprocessEngine(tiny_config(tmp_path)).start()
+            await SubprocessEngine(config).start()
+        assert started.is_gone()
 
     drive(work())
-    assert psutil.Process().children() == []

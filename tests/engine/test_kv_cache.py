@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from nybble.engine.kv_cache import CacheGeometry, allocate_kv_cache
+from nybble.engine.model_config import ModelConfig, read_json_object
+from nybble.engine.placement import Placement, Split
 
+MODEL = ModelConfig.from_fields(read_json_object(Path(__file__).parent / "data" / "glm-4.7-config.json"))
 GLM_4_7 = CacheGeometry(
     num_layers=92, num_kv_heads=8, head_dim=128, item_bytes=2, block_size=16, num_blocks=12_672
 )
@@ -35,3 +39,32 @@ def test_no_two_tensors_share_memory() -> None:
         tensor.fill_(number)
     assert [tensor.unique().tolist() for tensor in tensors] == [[n] for n in range(6)]
     assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("split", "rank", "num_layers", "num_kv_heads"),
+    [
+        (Split(), 0, 92, 8),
+        (Split(8, 1, 1), 3, 92, 1),
+        (Split(8, 8, 1), 3, 92, 1),
+        (Split(16, 1, 1), 15, 92, 1),  # two ranks hold each KV head
+        (Split(1, 1, 3), 0, 31, 8),
+        (Split(1, 1, 3), 2, 30, 8),
+        (Split(4, 1, 3), 11, 30, 2),
+    ],
+    ids=str,
+)
+def test_a_rank_caches_its_layers_and_heads(
+    split: Split, rank: int, num_layers: int, num_kv_heads: int
+) -> None:
+    geometry = CacheGeometry.of(MODEL, Placement(split, rank), item_bytes=2, block_size=16, num_blocks=7)
+    assert geometry == replace(GLM_4_7, num_layers=num_layers, num_kv_heads=num_kv_heads, num_blocks=7)
+    layers = allocate_kv_cache(replace(geometry, block_size=1), torch.bfloat16, torch.device("cpu"))
+    assert len(layers) == num_layers
+    assert layers[-1].values.shape == (7, 1, num_kv_heads, 128)
+
+
+def test_ranks_together_cache_every_head_of_every_layer_once() -> None:
+    split = Split(4, 1, 3)
+    ranks = [CacheGeometry.of(MODEL, Placement(split, rank), 2, 16, num_blocks=1) for rank in range(12)]
+    assert sum(rank.block_bytes for rank in ranks) == GLM_4_7.block_bytes

@@ -15,7 +15,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.checkpoint import Checkpoint, Span
 from nybble.engine.errors import CheckpointError
 from nybble.engine.layouts import (
     COMPRESSED_MXFP4,
@@ -149,6 +149,79 @@ def test_fp8_scales_in_either_shape_and_dtype(
     matrix = read_matrix(checkpoint, "m")
     assert isinstance(matrix, QuantizedTensor)
     assert torch.equal(matrix.dequantize(), codes.float() * scales.float().unsqueeze(1))
+
+
+# Spans.
+
+
+def _fp8(scale_shape: tuple[int, ...]) -> dict[str, Tensor]:
+    scales = torch.rand(ROWS, generator=torch.Generator().manual_seed(4)).add(0.5)
+    return {"weight": _weight(4).to(torch.float8_e4m3fn), "weight_scale": scales.reshape(scale_shape)}
+
+
+STORED: dict[str, dict[str, Tensor]] = {
+    "BF16": {"m.weight": _weight(4).bfloat16()},
+    "ModelOpt NVFP4": stored_tensors("m", nvfp4.quantize(_weight(4)), MODELOPT_NVFP4),
+    "compressed-tensors NVFP4": _under("m", _compressed_nvfp4(_weight(4))),
+    "compressed-tensors MXFP4": _under("m", _compressed_mxfp4(_weight(4))),
+    "Quark MXFP4": stored_tensors("m", mxfp4.quantize(_weight(4)), QUARK_MXFP4),
+    "FP8, scales [N, 1]": _under("m", _fp8((ROWS, 1))),
+    "FP8, scales [N]": _under("m", _fp8((ROWS,))),
+}
+# Columns in whole blocks of 32.
+SPANS = [
+    *(Span(0, *rows) for rows in ((0, 1), (0, 24), (24, 48), (17, 18), (5, 41), (0, ROWS))),
+    *(Span(1, *columns) for columns in ((0, 32), (32, 64), (64, 96), (32, 96), (0, COLUMNS))),
+]
+
+
+def _parts(matrix: Tensor | QuantizedTensor) -> list[Tensor]:
+    """Codes and scales, as numbers that compare."""
+    if isinstance(matrix, Tensor):
+        return [matrix]
+    parts = (matrix.codes, matrix.block_scales, matrix.global_scales)
+    return [part.float() for part in parts if part is not None]
+
+
+def _floats(matrix: Tensor | QuantizedTensor) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_span_of_a_matrix_is_that_of_its_weights(name: str, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, STORED[name])
+    whole = _floats(read_matrix(checkpoint, "m"))
+    for span in SPANS:
+        actual = _floats(read_matrix(checkpoint, "m", span))
+        assert torch.equal(actual, whole.narrow(span.axis, span.start, span.stop - span.start)), span
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_span_is_codes_and_scales_as_they_are_stored(name: str, tmp_path: Path) -> None:
+    """Dimensions of each part shrink as the weights' do; only one scale for all columns stays."""
+    checkpoint = _checkpoint(tmp_path, STORED[name])
+    whole = read_matrix(checkpoint, "m")
+    for span in SPANS:
+        actual = read_matrix(checkpoint, "m", span)
+        assert type(actual) is type(whole)
+        for part, full in zip(_parts(actual), _parts(whole), strict=True):
+            if span.axis == 0:
+                assert torch.equal(part, full[span.start : span.stop])
+            elif full.ndim == 2:
+                items = COLUMNS // full.shape[1]
+                assert torch.equal(part, full[:, span.start // items : span.stop // items])
+            else:
+                assert torch.equal(part, full)
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_spans_that_tile_a_matrix_are_all_of_it(name: str, axis: int, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, STORED[name])
+    third = (ROWS, COLUMNS)[axis] // 3
+    spans = [Span(axis, n * third, (n + 1) * third) for n in range(3)]
+    parts = [_floats(read_matrix(checkpoint, "m", span)) for span in spans]
+    assert torch.equal(torch.cat(parts, dim=axis), _floats(read_matrix(checkpoint, "m")))
 
 
 def test_a_divisor_taken_for_a_factor_is_caught(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from nybble.engine.messages import (
     Request,
     RequestRefused,
     SamplingParams,
-    Start,
     ToEngine,
     TokenEvent,
     TokenLogprobs,
@@ -39,8 +38,6 @@ SAMPLING = SamplingParams(
     num_logprobs=5,
 )
 TO_ENGINE = [
-    Start(config=CONFIG, log_level=20),
-    Start(config=EngineConfig(checkpoint="x"), log_level=0),
     Request(request_id="r", prompt_token_ids=(0, 1, 151_551), sampling=SAMPLING),
     Request(request_id="", prompt_token_ids=(), sampling=SamplingParams(max_tokens=1)),
     Abort(request_id="r"),
@@ -99,10 +96,6 @@ def test_messages_are_immutable(message: msgspec.Struct) -> None:
         (
             {"type": "Request", "request_id": "r", "prompt_token_ids": [1.5], "sampling": {"max_tokens": 1}},
             "Expected `int`",
-        ),
-        (
-            {"type": "Start", "log_level": 0, "config": {"checkpoint": "x", "device": "tpu"}},
-            "Invalid enum value 'tpu'",
         ),
     ],
 )

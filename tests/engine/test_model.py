@@ -16,6 +16,7 @@ from nybble.engine.kv_cache import CacheGeometry, allocate_kv_cache
 from nybble.engine.messages import SamplingParams
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
+from nybble.engine.placement import Placement
 from nybble.engine.step import Chunk, StepPlan, build_step_input
 from nybble.engine.weights import load_weights
 from nybble.kernels.reference_ops import ReferenceOps
@@ -36,9 +37,9 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Callable[[list[
     """A function from chunks of one sequence to the logits of all its tokens, run chunk by chunk."""
     config = ModelConfig.from_directory(directory)
     ops = ReferenceOps(dtype)
-    weights = load_weights(Checkpoint.open(directory), config, ops, CPU, dtype)
-    model = Glm4Moe(config, weights, ops)
-    geometry = CacheGeometry.of(config, dtype.itemsize, BLOCK_SIZE, num_blocks=40)
+    weights = load_weights(Checkpoint.open(directory), config, ops.prepare_weight, CPU, dtype)
+    model = Glm4Moe(config, weights, ops, CPU)
+    geometry = CacheGeometry.of(config, Placement(), dtype.itemsize, BLOCK_SIZE, num_blocks=40)
 
     def logits(chunks: list[list[int]]) -> torch.Tensor:
         cache = allocate_kv_cache(geometry, dtype, CPU)
@@ -49,8 +50,8 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Callable[[list[
         outputs, start = [], 0
         for token_ids in chunks:
             chunk = Chunk("a", token_ids, start, blocks, SamplingParams(max_tokens=1))
-            step = build_step_input(StepPlan((chunk,)), BLOCK_SIZE, CPU)
-            hidden = model.forward(step.token_ids, step.positions, cache, step.attention)
+            step = build_step_input(StepPlan((chunk,)), BLOCK_SIZE)
+            hidden = model.forward(model.embed(step.token_ids), step.positions, cache, step.attention)
             outputs.append(model.logits(hidden))
             start += len(token_ids)
         return torch.cat(outputs)

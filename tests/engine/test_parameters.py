@@ -14,7 +14,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from nybble.engine.checkpoint import TensorEntry
 from nybble.engine.errors import CheckpointError
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, check_tensors, expected_parameters, is_draft
+from nybble.engine.parameters import Parameter, Shard, check_tensors, expected_parameters, is_draft
 
 GLM_4_7: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "glm-4.7-config.json").read_text())
 TINY = {
@@ -124,6 +124,57 @@ def test_tied_embeddings_need_no_head() -> None:
         {p.name for p in expected_parameters(_config(tie_word_embeddings=t))} for t in (True, False)
     )
     assert untied - tied == {"lm_head.weight"}
+
+
+# How ranks divide it. Of TINY: 100 ids, 4 heads and 2 KV heads of 8, MLPs of 48, 16 and 32 neurons.
+
+SHARDS: dict[str, Shard | None] = {
+    "model.embed_tokens.weight": Shard(0, 100),
+    "model.layers.N.input_layernorm.weight": None,
+    "model.layers.N.self_attn.q_proj.weight": Shard(0, 4),
+    "model.layers.N.self_attn.q_proj.bias": Shard(0, 4),
+    "model.layers.N.self_attn.k_proj.weight": Shard(0, 2),
+    "model.layers.N.self_attn.k_proj.bias": Shard(0, 2),
+    "model.layers.N.self_attn.v_proj.weight": Shard(0, 2),
+    "model.layers.N.self_attn.v_proj.bias": Shard(0, 2),
+    "model.layers.N.self_attn.q_norm.weight": None,
+    "model.layers.N.self_attn.k_norm.weight": None,
+    "model.layers.N.self_attn.o_proj.weight": Shard(1, 4),
+    "model.layers.N.post_attention_layernorm.weight": None,
+    "model.layers.N.mlp.gate_proj.weight": Shard(0, 48),
+    "model.layers.N.mlp.up_proj.weight": Shard(0, 48),
+    "model.layers.N.mlp.down_proj.weight": Shard(1, 48),
+    "model.layers.N.mlp.gate.weight": None,
+    "model.layers.N.mlp.gate.e_score_correction_bias": None,
+    "model.layers.N.mlp.experts.N.gate_proj.weight": Shard(0, 16),
+    "model.layers.N.mlp.experts.N.up_proj.weight": Shard(0, 16),
+    "model.layers.N.mlp.experts.N.down_proj.weight": Shard(1, 16),
+    "model.layers.N.mlp.shared_experts.gate_proj.weight": Shard(0, 32),
+    "model.layers.N.mlp.shared_experts.up_proj.weight": Shard(0, 32),
+    "model.layers.N.mlp.shared_experts.down_proj.weight": Shard(1, 32),
+    "model.norm.weight": None,
+    "lm_head.weight": Shard(0, 100),
+}
+
+
+def _kind(parameter: Parameter) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", parameter.name)
+
+
+def test_every_kind_of_parameter_is_divided_by_one_rule() -> None:
+    found = {(_kind(p), p.shard) for p in expected_parameters(_config(n_shared_experts=2))}
+    assert found == set(SHARDS.items())
+
+
+def test_shards_are_whole_pieces() -> None:
+    for parameter in expected_parameters(_config()):
+        if parameter.shard is not None:
+            assert parameter.shape[parameter.shard.axis] % parameter.shard.num_units == 0
+
+
+def test_only_routed_experts_are_experts() -> None:
+    kinds = {_kind(parameter) for parameter in expected_parameters(_config()) if parameter.is_expert}
+    assert kinds == {f"model.layers.N.mlp.experts.N.{name}_proj.weight" for name in ("gate", "up", "down")}
 
 
 # Completeness.

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nybble.engine.messages import SamplingParams
-from nybble.engine.step import Chunk, StepInput, StepPlan, build_step_input
+from nybble.engine.step import Chunk, StepInput, StepPlan, build_step_input, pack, unpack
 
 SAMPLING = SamplingParams(max_tokens=1)
 
@@ -18,7 +19,7 @@ def _chunk(
 
 
 def _build(*chunks: Chunk, block_size: int = 4) -> StepInput:
-    return build_step_input(StepPlan(chunks), block_size, torch.device("cpu"))
+    return build_step_input(StepPlan(chunks), block_size)
 
 
 def test_a_plan_written_out() -> None:
@@ -100,3 +101,52 @@ def test_flattened_token_by_token(data: st.DataObject, block_size: int) -> None:
 def test_block_tables_are_as_wide_as_the_longest(block_size: int) -> None:
     step = _build(_chunk([1], 0, [4]), _chunk([1], 0, [5, 6, 7]), block_size=block_size)
     assert step.attention.block_tables.shape == (2, 3)
+
+
+# The way to other ranks.
+
+
+def _tensors(step: StepInput) -> dict[str, Tensor]:
+    outer = {name: value for name, value in vars(step).items() if name != "attention"}
+    return outer | vars(step.attention)
+
+
+def _assert_equal(actual: StepInput, expected: StepInput) -> None:
+    wanted = _tensors(expected)
+    assert len(wanted) == 7
+    for name, tensor in _tensors(actual).items():
+        assert tensor.dtype == wanted[name].dtype, name
+        assert tensor.shape == wanted[name].shape, name
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from([1, 4, 16]))
+def test_unpack_is_the_inverse_of_pack(data: st.DataObject, block_size: int) -> None:
+    step = _build(*data.draw(st.lists(_chunks(block_size), min_size=1, max_size=5)), block_size=block_size)
+    packed = pack(step)
+    assert packed.dtype == torch.int64 and packed.ndim == 1
+    _assert_equal(unpack(packed), step)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLING, None])
+def test_large_numbers_survive_the_way(sampling: SamplingParams | None) -> None:
+    step = _build(_chunk([151_551], 1 << 20, [(1 << 31) - 1] * ((1 << 16) + 1), sampling), block_size=16)
+    assert int(step.attention.slots.max()) > 1 << 33
+    _assert_equal(unpack(pack(step)), step)
+
+
+def test_a_packed_step_of_another_size_is_an_error() -> None:
+    packed = pack(_build(_chunk([1, 2], 0, [0])))
+    for wrong in (packed[:-1], torch.cat((packed, packed[:1]))):
+        with pytest.raises(RuntimeError, match="split_with_sizes"):
+            unpack(wrong)
+
+
+def test_a_step_moves_whole() -> None:
+    step = _build(_chunk([1, 2], 0, [0]), _chunk([3], 4, [5, 6], None))
+    _assert_equal(step.to(torch.device("cpu")), step)
+    moved = step.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in _tensors(moved).values()} == {"meta"}
+    assert {n: t.dtype for n, t in _tensors(moved).items()} == {n: t.dtype for n, t in _tensors(step).items()}
+    assert {n: t.shape for n, t in _tensors(moved).items()} == {n: t.shape for n, t in _tensors(step).items()}

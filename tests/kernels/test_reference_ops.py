@@ -26,6 +26,7 @@ from nybble.kernels.ops import (
     AttentionShape,
     AttentionWeights,
     DenseWeights,
+    Embedding,
     KVCacheLayer,
     MlpWeights,
     MoeWeights,
@@ -323,15 +324,72 @@ def test_moe_as_transformers_does(name: str) -> None:
     _fill(theirs.shared_experts, weights.shared_expert)
     norm = Glm4MoeRMSNorm(HIDDEN, 1e-5).requires_grad_(False)
     norm.weight.copy_(weights.norm.weight)
-    expected = hidden + theirs(norm(hidden).unsqueeze(0)).squeeze(0)
+    expected = theirs(norm(hidden).unsqueeze(0)).squeeze(0)
     assert_close(ReferenceOps(torch.float32).moe(hidden, weights), expected, **FLOAT32)
 
 
-def test_dense_mlp_adds_the_mlp_of_the_norm() -> None:
+def test_dense_mlp_is_the_mlp_of_the_norm() -> None:
     weights = DenseWeights(RmsNorm(_normal(24), 1e-5), _mlp_weights(24, 50))
     hidden = _normal(5, 24, scale=2)
-    expected = hidden + torch.stack([_mlp(row, weights.mlp) for row in _rms_norm(hidden, weights.norm)])
+    expected = torch.stack([_mlp(row, weights.mlp) for row in _rms_norm(hidden, weights.norm)])
     assert_close(ReferenceOps(torch.float32).dense_mlp(hidden, weights), expected, **FLOAT32)
+
+
+# Shares of the ranks: partial sums add up to the whole.
+
+
+def _neurons(weights: MlpWeights[Tensor], first: int, last: int) -> MlpWeights[Tensor]:
+    """Those from `first` to before `last` of an MLP, or of each of a stack."""
+    gate, up = weights.gate_up.chunk(2, dim=-2)
+    gate_up = torch.cat((gate[..., first:last, :], up[..., first:last, :]), dim=-2)
+    return MlpWeights(gate_up, weights.down[..., first:last])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_dense_mlps_of_the_ranks_add_up(dtype: torch.dtype, tolerance: dict[str, float]) -> None:
+    weights = DenseWeights(RmsNorm(_normal(24, dtype=dtype), 1e-5), _mlp_weights(24, 50, dtype=dtype))
+    hidden, ops = _normal(5, 24, scale=2, dtype=dtype), ReferenceOps(dtype)
+    shares = [replace(weights, mlp=_neurons(weights.mlp, *span)) for span in ((0, 10), (10, 11), (11, 50))]
+    total = sum((ops.dense_mlp(hidden, share).double() for share in shares), torch.zeros(5, 24))
+    assert_close(total, ops.dense_mlp(hidden, weights), **tolerance)
+
+
+def test_experts_of_the_ranks_add_up() -> None:
+    """The third share is of experts that no token chose."""
+    x, weights = _normal(9, 24), _mlp_weights(24, 13, (6,))
+    routing = Routing(torch.tensor([[0, 3], [1, 0], [3, 2]] * 3), _normal(9, 2))
+    total = torch.zeros(9, 24)
+    for first, last in ((0, 1), (1, 4), (4, 6)):
+        share = MlpWeights(weights.gate_up[first:last], weights.down[first:last])
+        total += experts(x, routing, share, first_expert=first)
+    assert_close(total, _experts(x, routing, weights), **FLOAT32)
+
+
+def test_experts_of_other_ranks_add_nothing() -> None:
+    x, weights = _normal(4, 24), _mlp_weights(24, 13, (2,))
+    routing = Routing(torch.tensor([[0, 1], [4, 5]] * 2), torch.ones(4, 2))
+    assert not experts(x, routing, weights, first_expert=2).any()
+
+
+@pytest.mark.parametrize("name", ["glm-4.7", "groups", "unnormalized"])
+@pytest.mark.parametrize("has_whole_experts", [True, False])
+def test_moes_of_the_ranks_add_up(has_whole_experts: bool, name: str) -> None:
+    """Every rank routes alike, over all experts, and has a share of the shared expert."""
+    weights, hidden = _moe_weights(_router(name)), _normal(15, HIDDEN, scale=2)
+    total, ops = torch.zeros(15, HIDDEN), ReferenceOps(torch.float32)
+    for rank in range(2):
+        first = rank * NUM_EXPERTS // 2 if has_whole_experts else 0
+        whole, half = weights.experts, slice(first, first + NUM_EXPERTS // 2)
+        share = replace(
+            weights,
+            experts=MlpWeights(whole.gate_up[half], whole.down[half])
+            if has_whole_experts
+            else _neurons(whole, 5 * rank, 5 * rank + 5),
+            shared_expert=_neurons(weights.shared_expert, 10 * rank, 10 * rank + 10),
+            first_expert=first,
+        )
+        total += ops.moe(hidden, share)
+    assert_close(total, ops.moe(hidden, weights), **FLOAT32)
 
 
 def _fill(theirs: Glm4MoeMLP, weights: MlpWeights[Tensor]) -> None:
@@ -512,12 +570,24 @@ def test_attention_input(
         assert stored.flatten(0, 1)[others].isnan().all()
 
 
-def test_attention_output_adds_the_projection() -> None:
+def test_attention_output_projects() -> None:
     weights = _attention_weights(AttentionShape(4, 2, 16, 8), False, False, torch.float32)
-    attended, hidden = _normal(3, 64), _normal(3, HIDDEN)
-    expected = hidden.double() + attended.double() @ weights.output.double().T
-    actual = ReferenceOps(torch.float32).attention_output(attended, hidden, weights)
+    attended = _normal(3, 64)
+    expected = attended.double() @ weights.output.double().T
+    actual = ReferenceOps(torch.float32).attention_output(attended, weights)
     assert_close(actual, expected, **FLOAT32)
+
+
+def test_attention_outputs_of_the_ranks_add_up() -> None:
+    """Each rank has one of three heads."""
+    weights = _attention_weights(AttentionShape(3, 3, 16, 8), False, False, torch.float32)
+    attended, ops = _normal(5, 48), ReferenceOps(torch.float32)
+    total = torch.zeros(5, HIDDEN)
+    for head in range(3):
+        columns = slice(16 * head, 16 * head + 16)
+        share = replace(weights, output=weights.output[:, columns])
+        total += ops.attention_output(attended[:, columns], share)
+    assert_close(total, ops.attention_output(attended, weights), **FLOAT32)
 
 
 # Ends of the model.
@@ -525,8 +595,31 @@ def test_attention_output_adds_the_projection() -> None:
 
 def test_embed_looks_up_rows() -> None:
     table = _normal(7, 5)
-    embedded = ReferenceOps(torch.float32).embed(torch.tensor([6, 0, 6]), table)
+    embedded = ReferenceOps(torch.float32).embed(torch.tensor([6, 0, 6]), Embedding(table))
     assert torch.equal(embedded, torch.stack((table[6], table[0], table[6])))
+
+
+def test_embed_gives_zeros_for_ids_outside_the_table() -> None:
+    """Also where the table has NaN: ids elsewhere look up nothing."""
+    table = _normal(4, 5)
+    table[0], table[3] = torch.nan, torch.nan
+    ids = torch.tensor([10, 6, 8, 11, 0, 151_551])
+    embedded = ReferenceOps(torch.float32).embed(ids, Embedding(table, first_id=7))
+    zeros = torch.zeros(5)
+    assert embedded[3:].equal(torch.stack((zeros, zeros, zeros)))
+    assert embedded[1].equal(zeros)
+    assert embedded[2].equal(table[1])
+    assert embedded[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_the_ranks_add_up_exactly(dtype: torch.dtype) -> None:
+    table, ops = _normal(12, 5, dtype=dtype), ReferenceOps(dtype)
+    ids = torch.tensor([11, 0, 3, 4, 7, 8, 3])
+    shards = [Embedding(table[first : first + 4], first) for first in (0, 4, 8)]
+    total = sum((ops.embed(ids, shard) for shard in shards), torch.zeros(7, 5, dtype=dtype))
+    assert total.dtype == dtype
+    assert torch.equal(total, table[ids])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)

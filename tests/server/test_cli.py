@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from canned_server import canned_server, events, refusing_url, response, text_chunks
+from tiny_glm import make_checkpoint
+from tiny_tokenizer import write_tokenizer
 
 from nybble.server.cli import main
 
@@ -43,6 +45,16 @@ def test_serve_on_a_port_in_use(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"nybble: cannot listen on 127.0.0.1:{port}: ")
+
+
+def test_serve_by_a_split_that_cannot_be(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, vocab_size=288)
+    write_tokenizer(tmp_path)
+    done = _nybble("serve", str(tmp_path), "--port", "0", "--tensor-parallel-size", "3")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("nybble: the model cannot be split as TP 3")
+    assert line.endswith("TP 3 does not divide 4 query heads")
 
 
 def test_chat_without_a_server() -> None:

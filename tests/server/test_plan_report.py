@@ -117,7 +117,13 @@ def test_idle_gpus_are_mentioned() -> None:
 
 def test_json() -> None:
     fields = _json("4xH100", max_model_len=4096)
-    assert fields["gpus"] == {"count": 4, "name": "H100 80GB", "memory_gib": 79, "bandwidth_tbps": 3.35}
+    assert fields["gpus"] == {
+        "count": 4,
+        "name": "H100 80GB",
+        "memory_gib": 79,
+        "bandwidth_tbps": 3.35,
+        "workspace_gib": 4,
+    }
     assert (fields["fits"], fields["shortfall"], fields["max_model_len"]) == (True, None, 4096)
     assert fields["main_model"]["num_parameters"] == pytest.approx(352.80e9, abs=5e6)
     assert fields["main_model"]["num_bytes"] == pytest.approx(203.8 * 2**30, rel=5e-4)

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ import openai
 import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from processes import Family, family, wait_until
+from tiny_glm import make_checkpoint
+from tiny_tokenizer import write_tokenizer
 
 from nybble.server.serve import BindError, _bind, _listen
 from nybble.server.server_config import ServerConfig
 
-NYBBLE = Path(sys.executable).with_name("nybble")
+NYBBLE, TORCHRUN = (Path(sys.executable).with_name(name) for name in ("nybble", "torchrun"))
 MODEL = "demo-checkpoint"
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 DEADLINE = 60.0  # seconds; only a hang reaches it
@@ -326,6 +330,123 @@ def test_survives_the_engine(server: Server, client: openai.OpenAI) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "Paris" in content(client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    make_checkpoint(directory, seed=3, vocab_size=288, max_position_embeddings=4096)
+    write_tokenizer(directory)
+    return directory
+
+
+@contextmanager
+def several_ranks(
+    commands: Sequence[Sequence[str | Path]], directory: Path
+) -> Iterator[tuple[Family, list[subprocess.Popen[bytes]], str]]:
+    """What was started, the processes of the commands, and where the first one serves."""
+    with family() as processes:
+        environment = processes.environment | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        started, logs = [], []
+        for number, command in enumerate(commands):
+            logs.append(directory / f"log-{number}")
+            with logs[-1].open("w") as output:
+                started.append(subprocess.Popen(command, stderr=output, env=environment))
+        try:
+            yield processes, started, _wait_until_listening(logs[0], started[0])
+        finally:
+            processes.kill()
+            for process in started:
+                process.wait()
+
+
+def serve_tiny(tiny: Path, *options: str) -> list[str | Path]:
+    return [NYBBLE, "serve", tiny, "--port", "0", "--served-model-name", "tiny", *options]
+
+
+@contextmanager
+def two_nodes(tiny: Path, directory: Path) -> Iterator[tuple[Family, list[subprocess.Popen[bytes]], str]]:
+    """Two ranks, each as on a machine of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    here = ["--master-addr", "127.0.0.1", "--master-port", str(port), "--no-python"]
+    served = serve_tiny(tiny, "--tensor-parallel-size", "2")
+    commands = [
+        [TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), *here, *served]
+        for node in range(2)
+    ]
+    with several_ranks(commands, directory) as started:
+        yield started
+
+
+def tiny_body(max_tokens: int, **options: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "hello good world"}]
+    return {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": max_tokens} | options
+
+
+def answer_of(url: str) -> list[list[int]]:
+    """The bytes of every token of an answer."""
+    body = tiny_body(24, logprobs=True)
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE)
+    return [entry["bytes"] for entry in response.json()["choices"][0]["logprobs"]["content"]]
+
+
+@pytest.fixture(scope="module")
+def answer(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """What one rank answers."""
+    with several_ranks([serve_tiny(tiny)], tmp_path_factory.mktemp("alone")) as (_, _, url):
+        return answer_of(url)
+
+
+def test_two_ranks_answer_as_one(tiny: Path, answer: list[list[int]], tmp_path: Path) -> None:
+    command = serve_tiny(tiny, "--tensor-parallel-size", "2")
+    with several_ranks([command], tmp_path) as (processes, (server,), url):
+        assert answer_of(url) == answer
+        assert len(answer) == 24
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(DEADLINE) == 0
+        assert processes.is_gone()
+
+
+def test_two_nodes_answer_as_one_and_end_in_order(
+    tiny: Path, answer: list[list[int]], tmp_path: Path
+) -> None:
+    """An answer that is under way when the first node is terminated is finished."""
+    with two_nodes(tiny, tmp_path) as (processes, agents, url):
+        assert answer_of(url) == answer
+        body = tiny_body(200, stream=True, seed=1, temperature=1)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=DEADLINE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            agents[0].send_signal(signal.SIGTERM)
+            *_, last, done = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+        wait_until(processes.is_gone, DEADLINE)
+
+
+def test_two_nodes_end_with_a_killed_rank(tiny: Path, tmp_path: Path) -> None:
+    """Of the node that does not serve: the open answer ends in an error, and nothing is left."""
+    with two_nodes(tiny, tmp_path) as (processes, agents, url):
+        body = tiny_body(4000, stream=True)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=DEADLINE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            processes.rank(1, "serve").kill()
+            killed = time.monotonic()
+            *_, error, done = (line for line in lines if line)
+        assert time.monotonic() - killed < 5
+        assert "engine stopped" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert done == "data: [DONE]"
+        assert 0 not in [agent.wait(DEADLINE) for agent in agents]
+        wait_until(processes.is_gone, DEADLINE)
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_two_nodes_end_with_a_killed_agent(node: int, tiny: Path, tmp_path: Path) -> None:
+    with two_nodes(tiny, tmp_path) as (processes, agents, _):
+        agents[node].kill()
+        wait_until(processes.is_gone, DEADLINE)
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("..", 0)])

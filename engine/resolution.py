@@ -1,0 +1,129 @@
+"""The one resolution of every open option, against the model and the machine.
+
+What `resolve` returns is logged and holds no more "auto" or None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nybble.engine.capacity import make_plan
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import OptionError
+from nybble.engine.gpu_specs import GIB, GpuSet
+from nybble.engine.hardware import Hardware
+from nybble.engine.inventory import Inventory, KVDtype
+from nybble.engine.kv_cache import CacheGeometry
+from nybble.engine.model_config import ModelConfig
+from nybble.engine.placement import Placement
+
+_CPU_CACHE_BYTES = 4 * GIB  # the most that is taken without being asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Of one rank: bytes that the weights take as the backend holds them, and blocks of KV cache."""
+
+    weight_bytes: int
+    cache_geometry: CacheGeometry
+
+    def __str__(self) -> str:
+        cache = self.cache_geometry
+        return (
+            f"weights {self.weight_bytes / GIB:.2f} GiB; KV cache {cache.num_bytes / GIB:.2f} GiB, "
+            f"{cache.num_blocks * cache.block_size} tokens"
+        )
+
+
+def resolve(
+    config: EngineConfig, inventory: Inventory, placement: Placement, hardware: Hardware
+) -> tuple[EngineConfig, MemoryPlan]:
+    """Settle every open option for the rank at `placement`.
+
+    Raises:
+        OptionError: an option is out of range, the model cannot be split so, or weights and cache do not
+            fit in memory.
+    """
+    model = inventory.config
+    _check_ranges(config, model)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if hardware.device == "cpu" else "bfloat16"
+    resolved = replace(
+        config,
+        device=hardware.device,
+        dtype=dtype,
+        max_model_len=config.max_model_len or model.max_position_embeddings,
+    )
+    memory = _plan_memory(resolved, inventory, placement, hardware)
+    gib = round(memory.cache_geometry.num_bytes / GIB, 3)
+    return replace(resolved, cache=replace(config.cache, kv_cache_memory=gib)), memory
+
+
+def _plan_memory(
+    config: EngineConfig, inventory: Inventory, placement: Placement, hardware: Hardware
+) -> MemoryPlan:
+    """`nybble plan` for this machine, with the weights as the reference backend holds them: dequantized."""
+    max_model_len = config.max_model_len or 0
+    item_bytes = 4 if config.dtype == "float32" else 2
+    kv_dtype: KVDtype = "fp32" if config.dtype == "float32" else "bf16"
+    gpus = GpuSet(placement.split.num_ranks, hardware.spec)
+    held = inventory.without_draft().recast(config.weights).dequantized(item_bytes)
+    plan = make_plan(held, gpus, max_model_len, kv_dtype, placement.split)
+    if plan.shortfall is not None:
+        raise OptionError(str(plan.shortfall))
+    weight_bytes = plan.best.stages[placement.stage].rank_bytes
+    geometry = CacheGeometry.of(inventory.config, placement, item_bytes, config.cache.block_size)
+    cache_bytes = _cache_bytes(config, hardware, weight_bytes)
+    geometry = replace(geometry, num_blocks=cache_bytes // geometry.block_bytes)
+    _check_cache(geometry, max_model_len, weight_bytes, hardware)
+    return MemoryPlan(weight_bytes=weight_bytes, cache_geometry=geometry)
+
+
+def _check_ranges(config: EngineConfig, model: ModelConfig) -> None:
+    positive = {
+        "block_size": config.cache.block_size,
+        "max_num_seqs": config.scheduler.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
+        "max_model_len": 1 if config.max_model_len is None else config.max_model_len,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise OptionError(f"{name} is {value}, expected at least 1")
+    memory = config.cache.kv_cache_memory
+    if memory is not None and not 0 < memory < 1 << 20:  # NaN fails this too
+        raise OptionError(f"kv_cache_memory is {memory}, expected GiB above 0")
+    if config.max_model_len and config.max_model_len > model.max_position_embeddings:
+        raise OptionError(
+            f"max_model_len is {config.max_model_len}, but the model was trained for at most "
+            f"{model.max_position_embeddings} positions"
+        )
+    if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
+        raise OptionError(
+            f"max_num_batched_tokens is {config.scheduler.max_num_batched_tokens}, expected at "
+            f"least max_num_seqs = {config.scheduler.max_num_seqs}, one token for each request"
+        )
+
+
+def _cache_bytes(config: EngineConfig, hardware: Hardware, weight_bytes: int) -> int:
+    if config.cache.kv_cache_memory is not None:
+        return int(config.cache.kv_cache_memory * GIB)
+    left = hardware.spec.usable_bytes - weight_bytes
+    return min(left, _CPU_CACHE_BYTES) if hardware.device == "cpu" else left
+
+
+def _check_cache(geometry: CacheGeometry, max_model_len: int, weight_bytes: int, hardware: Hardware) -> None:
+    if weight_bytes + geometry.num_bytes > hardware.free_bytes:
+        raise OptionError(
+            f"weights need {weight_bytes / GIB:.1f} GiB and the KV cache "
+            f"{geometry.num_bytes / GIB:.1f} GiB, but only {hardware.free_bytes / GIB:.1f} GiB of "
+            f"{hardware.device} memory are free"
+        )
+    capacity = geometry.num_blocks * geometry.block_size
+    if capacity < max_model_len:
+        needed = geometry.block_bytes * -(-max_model_len // geometry.block_size)
+        raise OptionError(
+            f"a request of max_model_len = {max_model_len} tokens needs a KV cache of "
+            f"{needed / GIB:.2f} GiB, but it has {geometry.num_bytes / GIB:.2f} GiB "
+            f"({capacity} tokens): lower max_model_len or raise kv_cache_memory"
+        )

@@ -1,0 +1,77 @@
+"""A rank's part of every step."""
+
+from __future__ import annotations
+
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from nybble.engine.model import Glm4Moe
+from nybble.engine.model_config import ModelConfig
+from nybble.engine.rank_group import RankGroup
+from nybble.engine.step import StepInput, unpack
+from nybble.kernels.ops import KVCacheLayer, W
+
+
+class Worker(Generic[W]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Glm4Moe[W],
+        kv_cache: tuple[KVCacheLayer, ...],
+        group: RankGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`dtype` is that of the activations."""
+        self._config = config
+        self._model = model
+        self._kv_cache = kv_cache
+        self._group = group
+        self._device = device
+        self._dtype = dtype
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> Tensor | None:
+        """Run this rank's layers; on rank 0 the logits float32 [S', V] of the step's `logit_rows`, if any."""
+        placement = self._group.placement
+        step = step.to(self._device)
+        hidden = self._run_stage(step)
+        if not placement.is_last_stage:
+            self._group.send_hidden(hidden)
+        if not len(step.logit_rows):
+            return None
+        logits = self._model.logits(hidden[step.logit_rows]) if placement.is_last_stage else None
+        if placement.rank == 0:
+            return self._collect_logits(logits, len(step.logit_rows))
+        if logits is not None:
+            self._group.send_logits(logits)
+        return None
+
+    def follow(self) -> None:
+        """On the ranks other than 0: run what rank 0 announces, until it announces the end."""
+        while (numbers := self._group.next_announcement()) is not None:
+            self.execute(unpack(numbers))
+
+    def _run_stage(self, step: StepInput) -> Tensor:
+        """Hidden states [T, H] after the layers of this stage."""
+        if self._group.placement.is_first_stage:
+            hidden = self._model.embed(step.token_ids)
+        else:
+            shape = len(step.token_ids), self._config.hidden_size
+            hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._group.receive_hidden(hidden)
+        return self._model.forward(hidden, step.positions, self._kv_cache, step.attention)
+
+    def _collect_logits(self, own: Tensor | None, num_rows: int) -> Tensor:
+        """All logits [S', V], of which each rank of the last stage has its share."""
+        num_shares = self._group.placement.split.tensor_parallel
+        shape = num_rows, self._config.vocab_size // num_shares
+        parts = [own] if own is not None else []
+        others = [
+            torch.empty(shape, dtype=torch.float32, device=self._device)
+            for _ in range(num_shares - len(parts))
+        ]
+        self._group.receive_logits(others)
+        return torch.cat([*parts, *others], dim=-1)
