@@ -8,6 +8,7 @@ the server closes the connection, so a server that dies takes its engine along. 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import NoReturn
 import msgspec
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine import Engine
@@ -32,11 +34,14 @@ from nybble.engine.messages import (
     Abort,
     EngineEvent,
     EngineFailed,
+    EngineReady,
     Request,
     RequestRefused,
     ToEngine,
 )
+from nybble.engine.rank_group import RankGroup
 from nybble.engine.start import StartedRank, start_rank
+from nybble.engine.worker import Worker
 
 _STATS_INTERVAL = 1.0  # seconds
 _LIFELINE_TIME = 0.5  # seconds
@@ -88,17 +93,17 @@ def lead(config: EngineConfig, socket_path: str) -> None:
     connection.connect(socket_path)
     channel: Channel[ToEngine] = Channel(connection, ToEngine)
     try:
-        rank = _start(config, channel)
+        engine, ready, group = _start_engine(config, channel)
     except NybbleError as error:
         channel.send([EngineFailed(message=str(error))])
         raise
-    engine = build_engine(rank.preparation, rank.worker, rank.group)
+    _settle()
     try:
-        channel.send([rank.preparation.ready_message()])
+        channel.send([ready])
         serve(engine, channel)
     except ChannelClosedError:
-        rank.group.announce_end()
-        rank.group.close()
+        group.announce_end()
+        group.close()
 
 
 def follow(config: EngineConfig) -> None:
@@ -107,13 +112,34 @@ def follow(config: EngineConfig) -> None:
     Raises:
         NybbleError: a rank could not start.
     """
-    rank = start_rank(config)
+    worker, group = _start_follower(config)
+    _settle()
     # Who stops the server stops the launcher too, which signals every rank. Rank 0 finishes its requests
     # first, and needs the others for that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    rank.worker.follow()
-    rank.group.close()
+    worker.follow()
+    group.close()
+
+
+def _start_engine(config: EngineConfig, channel: Channel[ToEngine]) -> tuple[Engine, EngineReady, RankGroup]:
+    rank = _start(config, channel)
+    engine = build_engine(rank.preparation, rank.worker, rank.group)
+    return engine, rank.preparation.ready_message(), rank.group
+
+
+def _start_follower(config: EngineConfig) -> tuple[Worker[Tensor], RankGroup]:
+    rank = start_rank(config)
+    return rank.worker, rank.group
+
+
+def _settle() -> None:
+    """Let go of what only loading needed, and take what stays out of the garbage collector's sight.
+
+    A full collection over it took 0.14 s when measured, and would come in the middle of some step.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _start(config: EngineConfig, channel: Channel[ToEngine]) -> StartedRank:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from nybble.engine.errors import CheckpointError
 
-_NUM_THREADS = 8
-_PIECE_BYTES = 16 << 20
+_NUM_THREADS = 12
+_PIECE_BYTES = 32 << 20
+_SMALL_BYTES = 64 << 10  # below this, handing a piece to a thread takes longer than reading it
 _PAGE_BYTES = 4096
 
 
@@ -47,12 +49,16 @@ class Extent:
         return Extent(self.name, self.file, offset, stop - start, self.row_bytes, self.stride)
 
 
+_Piece = tuple[Extent, Tensor]  # uint8 [num_rows, row_bytes]
+
+
 class ShardReader:
     """Keeps the files open that it has read from, until `close` or its own end."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
-        self._finalizer = weakref.finalize(self, _close_all, self._descriptors)
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, "shard-reader")
+        weakref.finalize(self, _release, self._descriptors, self._pool)
 
     def close(self) -> None:
         """Let go of the files; reading again opens them again."""
@@ -64,15 +70,20 @@ class ShardReader:
         Raises:
             CheckpointError: a file cannot be read or ends too early.
         """
-        pieces = [piece for extent, out in wanted for piece in _pieces(extent, out)]
-        for extent, _ in pieces:
+        large: deque[_Piece] = deque()
+        small: deque[_Piece] = deque()
+        for extent, out in wanted:
             self._open(extent)
-        if len(pieces) == 1:
-            self._read_piece(*pieces[0])
-            return
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            for _ in pool.map(lambda piece: self._read_piece(*piece), pieces):
-                pass
+            for piece in _pieces(extent, out):
+                (large if piece[1].numel() >= _SMALL_BYTES else small).append(piece)
+        helpers = [self._pool.submit(self._read_pieces, large) for _ in range(min(len(large), _NUM_THREADS))]
+        try:
+            for helper in helpers:
+                helper.result()
+        finally:
+            large.clear()  # after an error, what is left is not wanted
+            wait(helpers)
+        self._read_pieces(small)  # most lie beside what has been read, and are in the page cache now
 
     def _open(self, extent: Extent) -> None:
         if extent.file not in self._descriptors:
@@ -81,8 +92,16 @@ class ShardReader:
             except OSError as error:
                 raise _unreadable(extent, error) from error
 
+    def _read_pieces(self, pieces: deque[_Piece]) -> None:
+        """Until none is left; others may take some meanwhile."""
+        while pieces:
+            try:
+                extent, out = pieces.popleft()
+            except IndexError:
+                return
+            self._read_piece(extent, out)
+
     def _read_piece(self, extent: Extent, out: Tensor) -> None:
-        """out: uint8 [num_rows, row_bytes]."""
         descriptor = self._descriptors[extent.file]
         gap = extent.stride - extent.row_bytes
         try:
@@ -92,7 +111,7 @@ class ShardReader:
                 return
             # Closer together than pages of the disk: what lies between has to be read anyway.
             num_bytes = extent.end - extent.offset
-            if num_bytes >= _PAGE_BYTES:
+            if num_bytes >= _SMALL_BYTES:
                 os.posix_fadvise(descriptor, extent.offset, num_bytes, os.POSIX_FADV_WILLNEED)
             if not gap:
                 _read_fully(descriptor, out.flatten(), extent)
@@ -104,7 +123,7 @@ class ShardReader:
             raise _unreadable(extent, error) from error
 
 
-def _pieces(extent: Extent, out: Tensor) -> Iterator[tuple[Extent, Tensor]]:
+def _pieces(extent: Extent, out: Tensor) -> Iterator[_Piece]:
     """Runs of rows of about `_PIECE_BYTES`; a single long row counts as many short ones."""
     if extent.row_bytes == extent.stride:
         num_bytes = extent.num_rows * extent.row_bytes
@@ -129,6 +148,11 @@ def _read_fully(descriptor: int, out: Tensor, extent: Extent) -> None:
 
 def _unreadable(extent: Extent, error: OSError) -> CheckpointError:
     return CheckpointError(f"{extent.file.name}: tensor {extent.name!r}: cannot be read: {error}")
+
+
+def _release(descriptors: dict[Path, int], pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(wait=False)
+    _close_all(descriptors)
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:

@@ -95,8 +95,6 @@ def load_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class _Loader(Generic[W]):
-    """spans: the rank's part of each parameter."""
-
     checkpoint: Checkpoint
     config: ModelConfig
     prepare_weight: Callable[[Stored], W]
@@ -104,20 +102,16 @@ class _Loader(Generic[W]):
     dtype: torch.dtype
     weight_dtypes: WeightDtypes
     placement: Placement
-    spans: Mapping[str, Span | None]
+    spans: Mapping[str, Span | None]  # of each parameter, on this rank
 
     def load(self, on_layer: Callable[[int], None]) -> ModelWeights[W]:
-        placement = self.placement
-        embedding = self._embedding() if placement.is_first_stage else None
+        embedding = self._embedding() if self.placement.is_first_stage else None
         layers = []
-        for layer in placement.layers(self.config.num_hidden_layers):
+        for layer in self.placement.layers(self.config.num_hidden_layers):
             layers.append(self._layer(layer))
             on_layer(layer)
-        return ModelWeights(
-            embedding=embedding,
-            layers=tuple(layers),
-            head=self._head(embedding) if placement.is_last_stage else None,
-        )
+        head = self._head(embedding) if self.placement.is_last_stage else None
+        return ModelWeights(embedding=embedding, layers=tuple(layers), head=head)
 
     def _embedding(self) -> Embedding:
         name = "model.embed_tokens.weight"
