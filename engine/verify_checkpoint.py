@@ -17,7 +17,7 @@ from torch import Tensor
 from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.errors import CheckpointError
 from nybble.engine.kv_cache import CacheGeometry, allocate_kv_cache
-from nybble.engine.layouts import read_matrix
+from nybble.engine.matrix_reader import read_matrix
 from nybble.engine.messages import SamplingParams
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig

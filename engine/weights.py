@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.checkpoint import Checkpoint, Span
-from nybble.engine.layouts import Part, is_uniform, read_matrix, read_stack
+from nybble.engine.matrix_reader import Part, is_uniform, read_matrix, read_stack
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import check_tensors, expected_parameters
 from nybble.engine.placement import Placement
