@@ -147,7 +147,7 @@ class SubprocessEngine:
                     lambda *connection: connected.set_result(connection), path, backlog=1
                 )
             except OSError as error:
-                raise EngineStartError(f"cannot make the socket {path}: {error}") from error
+                raise EngineStartError(f"cannot make the socket {path} (see TMPDIR): {error}") from error
             self._process = process = await asyncio.create_subprocess_exec(
                 *engine_command(self._config, path, logging.getLogger().level),
                 env=engine_environment(self._config),
