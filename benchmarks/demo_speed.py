@@ -16,7 +16,6 @@ from nybble.engine.tuning import TUNING
 os.environ.update(TUNING | os.environ)  # before torch is imported
 
 import argparse
-import platform
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import processor_name
 
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import CacheConfig, EngineConfig
@@ -46,7 +46,7 @@ def main() -> None:
     cache = CacheConfig(kv_cache_memory=2.0, enable_prefix_caching=False)
     engine = load_engine(prepare(EngineConfig(checkpoint=options.checkpoint, cache=cache)))
     _check(engine, Tokenizer(Path(options.checkpoint)))
-    print(f"{_machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print(f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | tokens/s, median (min .. max) |\n| --- | --- |")
     for length in PREFILL_LENGTHS:
         rate = _summary(lambda n=length: _prefill(engine, n), options.repeat)
@@ -96,13 +96,6 @@ def _random_prompt(length: int) -> tuple[int, ...]:
 def _summary(measure: Callable[[], float], repeat: int) -> str:
     rates = [measure() for _ in range(repeat + 1)][1:]  # the first warms up
     return f"{statistics.median(rates):.1f} ({min(rates):.1f} .. {max(rates):.1f})"
-
-
-def _machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

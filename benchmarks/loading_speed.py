@@ -21,7 +21,6 @@ os.environ.update(TUNING | os.environ)  # before torch is imported
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from machine import processor_name
 from safetensors import safe_open
 from torch import Tensor
 
@@ -158,9 +158,8 @@ def _files(directory: Path) -> list[Path]:
 def _report(directory: Path, results: dict[str, list[dict[str, float]]]) -> None:
     size = sum(path.stat().st_size for path in _files(directory))
     tuning = ", ".join(f"{name}={os.environ[name]}" for name in TUNING)
-    print(
-        f"{size / 1e9:.2f} GB; {_processor()}, {os.cpu_count()} cores; torch {torch.__version__}; {tuning}\n"
-    )
+    machine = f"{processor_name()}, {os.cpu_count()} cores; torch {torch.__version__}; {tuning}"
+    print(f"{size / 1e9:.2f} GB; {machine}\n")
     print("| what | GB/s, median (min .. max) | of a cold sequential read | memory beyond the weights |")
     print("| --- | --- | --- | --- |")
     cold = statistics.median(r["gb_per_second"] for r in results[COLD[0]])
@@ -170,13 +169,6 @@ def _report(directory: Path, results: dict[str, list[dict[str, float]]]) -> None
         extra = max(run["extra_gib"] for run in runs)
         span = f"{middle:.2f} ({min(speeds):.2f} .. {max(speeds):.2f})"
         print(f"| {kind} | {span} | {middle / cold:.2f} | {extra:.2f} GiB |")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from nybble.engine.checkpoint_writer import CheckpointWriter
 from nybble.engine.layouts import MODELOPT_NVFP4
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.parameters import Parameter, expected_parameters
+from nybble.engine.quantize_recipe import QuantizeRecipe
 from nybble.kernels.quantized_tensor import NVFP4, QuantizedTensor
 
 CONFIG: dict[str, Any] = {
@@ -76,13 +77,15 @@ def write_synthetic_checkpoint(directory: Path, num_layers: int, texts: Path) ->
     with CheckpointWriter(directory, shard_bytes=_SHARD_BYTES) as writer:
         for parameter in expected_parameters(config):
             _write(writer, parameter, random)
-        writer.write_json("config.json", fields | {"quantization_config": _quantization(num_layers)})
+        targets = {p.module: MODELOPT_NVFP4 for p in expected_parameters(config) if _is_quantized(p)}
+        declaration = QuantizeRecipe("nvfp4").declaration(config, targets)
+        writer.write_json("config.json", fields | {"quantization_config": declaration})
         for name in _TEXTS:
             writer.write_text(name, (texts / name).read_text(encoding="utf-8"))
 
 
 def _write(writer: CheckpointWriter, parameter: Parameter, random: torch.Generator) -> None:
-    if ".mlp." in parameter.name and parameter.is_linear:
+    if _is_quantized(parameter):
         rows, columns = parameter.shape
         writer.add_matrix(parameter.module, _random_nvfp4(rows, columns, random), MODELOPT_NVFP4)
         writer.add(f"{parameter.module}.input_scale", torch.tensor(1.0))
@@ -93,6 +96,10 @@ def _write(writer: CheckpointWriter, parameter: Parameter, random: torch.Generat
     else:
         weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
         writer.add(parameter.name, weight.normal_(0, _STANDARD_DEVIATION, generator=random))
+
+
+def _is_quantized(parameter: Parameter) -> bool:
+    return parameter.is_linear and ".mlp." in parameter.name
 
 
 def _random_nvfp4(rows: int, columns: int, random: torch.Generator) -> QuantizedTensor:
@@ -110,20 +117,6 @@ def _random_nvfp4(rows: int, columns: int, random: torch.Generator) -> Quantized
         global_scales=torch.full((rows,), _STANDARD_DEVIATION / spread),
         format=NVFP4,
     )
-
-
-def _quantization(num_layers: int) -> dict[str, Any]:
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": "NVFP4",
-        "config_groups": {
-            "group_0": {
-                "weights": {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False},
-                "targets": ["Linear"],
-            }
-        },
-        "ignore": ["lm_head", *(f"model.layers.{layer}.self_attn*" for layer in range(num_layers))],
-    }
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def _rank_bytes(group: Group, config: ModelConfig, split: Split) -> int:
 
 def _kv_rank_bytes(config: ModelConfig, split: Split, num_layers: int, dtype: KVDtype) -> int:
     """Bytes of keys and values of one token in `num_layers` on a rank, which has at least one whole head."""
-    heads = -(-config.num_key_value_heads // split.tensor_parallel)
+    heads = len(Placement(split).units(config.num_key_value_heads))
     return num_layers * kv_layer_bytes(config, heads, dtype)
 
 

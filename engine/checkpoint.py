@@ -106,10 +106,10 @@ class Checkpoint:
         self.read_into([(name, span, out)])
         return out
 
-    def empty(self, name: str, span: Span | None = None, num: tuple[int, ...] = ()) -> Tensor:
-        """Room for a tensor, or a span of it, or for [*num] of them."""
+    def empty(self, name: str, span: Span | None = None) -> Tensor:
+        """Room for a tensor, or a span of it."""
         entry = self.entries[name]
-        return torch.empty((*num, *_shape(entry, span)), dtype=entry.torch_dtype)
+        return torch.empty(_shape(entry, span), dtype=entry.torch_dtype)
 
     def read_into(self, wanted: Iterable[tuple[str, Span | None, Tensor]]) -> None:
         """Load tensors, or spans of them, to where they are wanted: contiguous, of their shape and dtype.

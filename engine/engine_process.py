@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 import msgspec
 from rich.console import Console
@@ -29,6 +27,7 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import InvalidRequestError, NybbleError
 from nybble.engine.launch import REFUSED, end_with_parent
 from nybble.engine.launched_rank import LaunchedRank
+from nybble.engine.lifeline import end_process
 from nybble.engine.loading import Preparation, build_engine
 from nybble.engine.messages import (
     Abort,
@@ -73,13 +72,6 @@ def run_rank(role: Callable[[], None]) -> int:
         logger.exception("this rank fails")
         return 1
     return 0
-
-
-def end_process(exit_code: int) -> NoReturn:
-    """End without Python's own end, which would abort when a lifeline's thread woke up meanwhile."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(exit_code)
 
 
 def lead(config: EngineConfig, socket_path: str) -> None:

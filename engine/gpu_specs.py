@@ -89,6 +89,10 @@ _ALIASES = {
 }
 
 
+def format_gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:,.1f}"
+
+
 def parse_gpus(text: str) -> GpuSet:
     """A set written as "8xH100", "4 x RTX PRO 6000" or just "B300"; case and spacing do not matter.
 

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 from nybble.engine.errors import OptionError
+from nybble.engine.placement import Placement, Split
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class LaunchedRank:
                 f"the environment variables of torch's launcher contradict each other: {launched}"
             )
         return launched
+
+    def place(self, split: Split) -> Placement:
+        """Its place in `split`. Raises OptionError as `check_num_ranks`."""
+        self.check_num_ranks(split.num_ranks)
+        return Placement(split, self.rank)
 
     def check_num_ranks(self, num_ranks: int) -> None:
         """Raises OptionError unless as many ranks were started as the options call for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from typing import NoReturn
 
@@ -44,10 +45,12 @@ class Lifeline:
         try:
             dist.recv(torch.zeros(1), src=peer, group=self._group)
         except RuntimeError:
-            _end(peer)
+            logger.error("rank %d is gone: this rank ends too", peer)
+            end_process(1)
 
 
-def _end(peer: int) -> NoReturn:
-    logger.error("rank %d is gone: this rank ends too", peer)
+def end_process(exit_code: int) -> NoReturn:
+    """End without Python's own end, which would abort when a lifeline's thread woke up meanwhile."""
     logging.shutdown()
-    os._exit(1)
+    sys.stdout.flush()
+    os._exit(exit_code)

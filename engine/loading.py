@@ -79,8 +79,7 @@ def prepare(config: EngineConfig) -> Preparation:
     directory = Path(config.checkpoint)
     model_config, checkpoint = check_structure(directory)
     launched = LaunchedRank.from_environment()
-    launched.check_num_ranks(config.parallel.split.num_ranks)
-    placement = Placement(config.parallel.split, launched.rank)
+    placement = launched.place(config.parallel.split)
     hardware = detect(config.device, launched)
     inventory = read_inventory(model_config, checkpoint.entries)
     resolved, memory = resolve(config, inventory, placement, hardware)
@@ -101,27 +100,26 @@ def load_worker(
         CheckpointError: a file cannot be read, or its numbers cannot be meant.
     """
     config, model_config = preparation.config, preparation.model_config
-    device, dtype = preparation.hardware.torch_device, _activation_dtype(config)
-    ops = ReferenceOps(dtype)
+    device, ops = preparation.hardware.torch_device, _backend(config)
     weights = load_weights(
         preparation.checkpoint,
         model_config,
         ops.prepare_weight,
         device,
-        dtype,
+        ops.dtype,
         weight_dtypes=config.weights,
         placement=preparation.placement,
         on_layer=on_layer,
     )
     model = Glm4Moe(model_config, weights, ops, device, group.all_reduce)
-    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, dtype, device)
-    return Worker(model_config, model, kv_cache, group, device, dtype)
+    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops.dtype, device)
+    return Worker(model_config, model, kv_cache, group, device, ops.dtype)
 
 
 def build_engine(preparation: Preparation, worker: Worker[torch.Tensor], group: RankGroup) -> Engine:
     """Rank 0's engine around its worker."""
     config, geometry = preparation.config, preparation.memory.cache_geometry
-    sampler = Sampler(ReferenceOps(_activation_dtype(config)), preparation.limits.num_token_ids)
+    sampler = Sampler(_backend(config), preparation.limits.num_token_ids)
     scheduler = Scheduler(
         config.scheduler,
         BlockPool(geometry.num_blocks),
@@ -138,6 +136,5 @@ def load_engine(preparation: Preparation) -> Engine:
     return build_engine(preparation, load_worker(preparation, group), group)
 
 
-def _activation_dtype(config: EngineConfig) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+def _backend(config: EngineConfig) -> ReferenceOps:
+    return ReferenceOps(getattr(torch, config.dtype))

@@ -76,7 +76,8 @@ def read_stack(checkpoint: Checkpoint, grid: Sequence[Sequence[Part]]) -> Tensor
         block_scales = stored.view(layout.format.scale_dtype or stored.dtype)
     global_scales = None
     if layout.global_scale is not None:
-        global_scales = _read_global_scales(checkpoint, places, layout)
+        is_one_a_row = layout.block_scale is None
+        global_scales = _read_global_scales(checkpoint, places, layout.global_scale.suffix, is_one_a_row)
     tensor = QuantizedTensor(codes, block_scales, global_scales, layout.format)
     for place in places:
         _check_scales(tensor, place, checkpoint.entries[f"{place.part.name}.{layout.codes}"])
@@ -104,12 +105,11 @@ def _read(checkpoint: Checkpoint, places: Sequence[_Place], suffix: str, num_wei
     return stack
 
 
-def _read_global_scales(checkpoint: Checkpoint, places: Sequence[_Place], layout: Layout) -> Tensor:
-    """float32 [E, N], one for each row, of which those of a matrix are equal unless the layout has more."""
-    if layout.global_scale is None:
-        raise ValueError(f"{layout.name} has no global scale")
-    names = [f"{place.part.name}.{layout.global_scale.suffix}" for place in places]
-    is_one_a_row = layout.block_scale is None
+def _read_global_scales(
+    checkpoint: Checkpoint, places: Sequence[_Place], suffix: str, is_one_a_row: bool
+) -> Tensor:
+    """float32 [E, N], one for each row, of which those of a matrix are equal unless it has one a row."""
+    names = [f"{place.part.name}.{suffix}" for place in places]
     spans = [p.part.span if is_one_a_row and p.part.span and p.part.span.axis == 0 else None for p in places]
     stored = [checkpoint.empty(name, span) for name, span in zip(names, spans, strict=True)]
     checkpoint.read_into(zip(names, spans, stored, strict=True))

@@ -26,6 +26,7 @@ class ModelRunner(Generic[W]):
     def run(self, plan: StepPlan) -> list[SampledToken]:
         """Compute the plan's tokens; returns the next token of each of its sampling chunks."""
         step = build_step_input(plan, self._block_size)
-        self._group.announce(pack(step))
+        if not self._group.is_alone:
+            self._group.announce(pack(step))
         logits = self._worker.execute(step)
         return [] if logits is None else self._sampler.sample(logits, plan.sampling_chunks)

@@ -82,9 +82,14 @@ def check_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> No
 
 def is_draft(name: str, config: ModelConfig) -> bool:
     """Whether a tensor belongs to a draft (MTP) layer."""
+    layer, first = layer_of(name), config.num_hidden_layers
+    return layer is not None and first <= layer < first + config.num_nextn_predict_layers
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor belongs to; None for those outside of layers."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    first = config.num_hidden_layers
-    return match is not None and first <= int(match[1]) < first + config.num_nextn_predict_layers
+    return int(match[1]) if match else None
 
 
 def _layer(config: ModelConfig, layer: int) -> Iterator[Parameter]:

@@ -12,7 +12,7 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.gpu_specs import GIB, GpuSet
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import Inventory, KVDtype
+from nybble.engine.inventory import KV_ITEM_BYTES, Inventory, KVDtype
 from nybble.engine.kv_cache import CacheGeometry
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.placement import Placement
@@ -65,8 +65,8 @@ def _plan_memory(
 ) -> MemoryPlan:
     """`nybble plan` for this machine, with the weights as the reference backend holds them: dequantized."""
     max_model_len = config.max_model_len or 0
-    item_bytes = 4 if config.dtype == "float32" else 2
     kv_dtype: KVDtype = "fp32" if config.dtype == "float32" else "bf16"
+    item_bytes = KV_ITEM_BYTES[kv_dtype]
     gpus = GpuSet(placement.split.num_ranks, hardware.spec)
     held = inventory.without_draft().recast(config.weights).dequantized(item_bytes)
     plan = make_plan(held, gpus, max_model_len, kv_dtype, placement.split)

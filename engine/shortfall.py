@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nybble.engine.gpu_specs import GIB, GpuSet
+from nybble.engine.gpu_specs import GIB, GpuSet, format_gib
 from nybble.engine.inventory import KVDtype
 from nybble.engine.placement import Split
 
@@ -37,10 +37,10 @@ class Shortfall:
     def reason(self) -> str:
         gpu = self.gpus.gpu
         return (
-            f"as {self.split} a {gpu.noun} needs {_gib(self.needed_bytes)} GiB "
-            f"({_gib(self.weight_bytes)} weights, {_gib(gpu.workspace_bytes)} workspace, "
-            f"{_gib(self.cache_bytes)} {self.kv_dtype} KV cache for one request of "
-            f"{self.max_model_len:,} tokens) and has {_gib(gpu.memory_bytes)}"
+            f"as {self.split} a {gpu.noun} needs {format_gib(self.needed_bytes)} GiB "
+            f"({format_gib(self.weight_bytes)} weights, {format_gib(gpu.workspace_bytes)} workspace, "
+            f"{format_gib(self.cache_bytes)} {self.kv_dtype} KV cache for one request of "
+            f"{self.max_model_len:,} tokens) and has {format_gib(gpu.memory_bytes)}"
         )
 
     def changes(self) -> Iterator[str]:
@@ -56,7 +56,3 @@ class Shortfall:
     def __str__(self) -> str:
         changes = "; or ".join(self.changes())
         return f"{self.gpus}: does not fit: {self.reason}. Smallest change first: {changes}."
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:,.1f}"

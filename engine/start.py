@@ -13,7 +13,6 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import NybbleError
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.loading import Preparation, load_worker, prepare
-from nybble.engine.placement import Placement
 from nybble.engine.rank_group import RankGroup
 from nybble.engine.worker import Worker
 
@@ -52,9 +51,7 @@ def start_rank(
         OptionError: other than the launched number of ranks is asked for.
         RanksFailedError: this rank or another one cannot start; the message is that rank's.
     """
-    launched = LaunchedRank.from_environment()
-    launched.check_num_ranks(config.parallel.split.num_ranks)
-    group = RankGroup(Placement(config.parallel.split, launched.rank))
+    group = RankGroup(LaunchedRank.from_environment().place(config.parallel.split))
     try:
         preparation, reports = _together(group, lambda: prepare(config), _describe)
         preparation = _agree(preparation, reports)

@@ -6,7 +6,6 @@ layers, up to the first sparse one, in bfloat16 and in float32, which must agree
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from nybble.engine.matrix_reader import read_matrix
 from nybble.engine.messages import SamplingParams
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, check_tensors, expected_parameters
+from nybble.engine.parameters import Parameter, check_tensors, expected_parameters, layer_of
 from nybble.engine.placement import Placement
 from nybble.engine.quantization_config import check_quantization, read_quantization_config
 from nybble.engine.step import Chunk, StepPlan, build_step_input
@@ -73,7 +72,7 @@ def self_test(config: ModelConfig, checkpoint: Checkpoint) -> float:
     """
     num_layers = min(config.first_k_dense_replace + 1, config.num_hidden_layers)
     first = replace(config, num_hidden_layers=num_layers, num_nextn_predict_layers=0)
-    names = {name for name in checkpoint.entries if _layer_of(name) < num_layers}
+    names = {name for name in checkpoint.entries if (layer_of(name) or 0) < num_layers}
     part = Checkpoint(checkpoint.directory, {name: checkpoint.entries[name] for name in names})
     expected, actual = (_hidden(first, part, dtype) for dtype in (torch.float32, torch.bfloat16))
     error = float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
@@ -95,12 +94,6 @@ def _problem(checkpoint: Checkpoint, parameter: Parameter) -> str | None:
         has_nan = weight.format.bits == 8 and not weight.codes.float().isfinite().all()
         return "a code is NaN" if has_nan else f"{num_zero} scales are zero" if num_zero else None
     return None if weight.isfinite().all() else "holds NaN or infinity"
-
-
-def _layer_of(name: str) -> int:
-    """Number of the layer that a tensor belongs to; -1 for those outside of layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else -1
 
 
 @torch.inference_mode()

@@ -134,7 +134,8 @@ def _serve(options: argparse.Namespace) -> None:
     if is_first:
         run_on_uvloop(serve(config))
         return
-    from nybble.engine.engine_process import end_process, follow, run_rank
+    from nybble.engine.engine_process import follow, run_rank
+    from nybble.engine.lifeline import end_process
 
     end_process(run_rank(lambda: follow(config.engine)))
 

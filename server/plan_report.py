@@ -22,7 +22,7 @@ from nybble.engine.capacity import (
     make_plan,
 )
 from nybble.engine.checkpoint import Checkpoint
-from nybble.engine.gpu_specs import GIB, GpuSet, GpuSpec
+from nybble.engine.gpu_specs import GIB, GpuSet, GpuSpec, format_gib
 from nybble.engine.inventory import (
     Inventory,
     KVDtype,
@@ -220,8 +220,8 @@ def _splits_table(plan: Plan) -> Table:
 def _split_cells(plan: Plan, candidate: SplitPlan) -> Iterable[str]:
     tokens = [candidate.max_tokens[dtype] for dtype in PLANNED_KV_DTYPES]
     yield from map(str, dataclasses.astuple(candidate.split))
-    yield _gib(candidate.rank_bytes)
-    yield _gib(candidate.kv_room_bytes)
+    yield format_gib(candidate.rank_bytes)
+    yield format_gib(candidate.kv_room_bytes)
     yield from (f"{count:,}" for count in tokens)
     yield from (f"{count / plan.max_model_len:.1f}" for count in tokens)
     speed = _first_speed(plan, candidate)
@@ -251,7 +251,3 @@ def _table(title: str, left: list[str], right: list[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:,.1f}"

@@ -133,8 +133,10 @@ async def prepared_server(
         server = HTTPServer(settings, engine, config.server.shutdown_timeout)
         _listen(sock)
         watch = asyncio.create_task(server.stop_with_engine())
-        yield server, sock
-        watch.cancel()
+        try:
+            yield server, sock
+        finally:
+            watch.cancel()
     finally:
         sock.close()
         await engine.stop()

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from nybble.engine.tuning import TUNING
+
 DEADLINE = 60.0  # seconds; only a hang reaches it
 
 
@@ -18,7 +20,7 @@ class Family:
 
     def __init__(self) -> None:
         self.mark = {"NYBBLE_TEST_FAMILY": uuid.uuid4().hex}
-        self.environment = os.environ | {"GOMP_SPINCOUNT": "1000"} | self.mark
+        self.environment = TUNING | os.environ | self.mark
 
     def members(self) -> list[psutil.Process]:
         """Those that run, oldest first. Not this process, and none that only waits to be reaped."""

@@ -10,8 +10,9 @@ import sys
 import msgspec
 
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.engine_process import end_process, run_rank
+from nybble.engine.engine_process import run_rank
 from nybble.engine.errors import NybbleError
+from nybble.engine.lifeline import end_process
 from nybble.engine.start import start_rank
 
 
