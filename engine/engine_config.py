@@ -60,14 +60,18 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     checkpoint: str = field(metadata={"help": "checkpoint directory"})
-    backend: Literal["reference"] = field(
-        default="reference", metadata={"help": "implementation of the model's operations"}
+    backend: Literal["auto", "reference", "triton"] = field(
+        default="auto",
+        metadata={"help": "implementation of the model's operations (auto: triton on a GPU, else reference)"},
     )
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "where to compute (auto: a GPU if there is one)"}
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata={"help": "activations (auto: float32 on a CPU, else bfloat16)"}
+    )
+    enforce_eager: bool = field(
+        default=False, metadata={"help": "launch every kernel of a decode step, instead of a CUDA graph"}
     )
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}

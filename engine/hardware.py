@@ -15,12 +15,14 @@ from nybble.engine.launched_rank import LaunchedRank
 
 @dataclass(frozen=True)
 class Hardware:
-    """A rank's device and the bytes of its memory that are free now. `name` and `index` are a GPU's."""
+    """A rank's device and the bytes of its memory that are free now. The rest is a GPU's: `capability` is its
+    compute capability times ten."""
 
     device: Literal["cpu", "cuda"]
     free_bytes: int
     name: str = ""
     index: int = 0
+    capability: int = 0
 
     @property
     def torch_device(self) -> torch.device:
@@ -54,7 +56,8 @@ def detect(device: Literal["auto", "cpu", "cuda"], launched: LaunchedRank) -> Ha
     index = launched.local_rank
     torch.cuda.set_device(index)
     free_bytes, _ = torch.cuda.mem_get_info()
-    return Hardware("cuda", free_bytes, torch.cuda.get_device_name(index), index)
+    major, minor = torch.cuda.get_device_capability()
+    return Hardware("cuda", free_bytes, torch.cuda.get_device_name(index), index, 10 * major + minor)
 
 
 def _available_host_bytes() -> int:

@@ -8,7 +8,7 @@ import torch
 
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.placement import Placement
-from nybble.kernels.ops import KVCacheLayer
+from nybble.kernels.ops import KVCacheLayer, Ops, W
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,11 @@ class CacheGeometry:
         return self.num_blocks * self.block_bytes
 
 
-def allocate_kv_cache(
-    geometry: CacheGeometry, dtype: torch.dtype, device: torch.device
-) -> tuple[KVCacheLayer, ...]:
-    """One layer's keys and values for each layer, uninitialised: unused host pages cost nothing."""
-    shape = (geometry.num_blocks, geometry.block_size, geometry.num_kv_heads, geometry.head_dim)
+def allocate_kv_cache(geometry: CacheGeometry, ops: Ops[W], device: torch.device) -> tuple[KVCacheLayer, ...]:
+    """One layer's keys and values for each layer, as the backend lays them out."""
     return tuple(
-        KVCacheLayer(
-            keys=torch.empty(shape, dtype=dtype, device=device),
-            values=torch.empty(shape, dtype=dtype, device=device),
+        ops.new_kv_cache(
+            geometry.num_blocks, geometry.block_size, geometry.num_kv_heads, geometry.head_dim, device
         )
         for _ in range(geometry.num_layers)
     )

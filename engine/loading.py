@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
+from nybble.engine.backend import make_ops
 from nybble.engine.block_pool import BlockPool
 from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.decode_graphs import record_cuda_graph
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.hardware import Hardware, detect
@@ -31,7 +34,6 @@ from nybble.engine.verify_checkpoint import check_structure
 from nybble.engine.vocabulary import count_token_ids
 from nybble.engine.weights import load_weights
 from nybble.engine.worker import Worker
-from nybble.kernels.reference_ops import ReferenceOps
 
 
 @dataclass(frozen=True)
@@ -93,33 +95,38 @@ def prepare(config: EngineConfig) -> Preparation:
 
 def load_worker(
     preparation: Preparation, group: RankGroup, on_layer: Callable[[int], None] = lambda layer: None
-) -> Worker[torch.Tensor]:
+) -> Worker[Any]:
     """Load the rank's weights and allocate its KV cache; `on_layer` is told of each layer loaded.
 
     Raises:
         CheckpointError: a file cannot be read, or its numbers cannot be meant.
     """
     config, model_config = preparation.config, preparation.model_config
-    device, ops = preparation.hardware.torch_device, _backend(config)
+    device, ops = preparation.hardware.torch_device, make_ops(config, preparation.hardware)
+    dtype = getattr(torch, config.dtype)
     weights = load_weights(
         preparation.checkpoint,
         model_config,
-        ops.prepare_weight,
+        ops,
         device,
-        ops.dtype,
+        dtype,
         weight_dtypes=config.weights,
         placement=preparation.placement,
         on_layer=on_layer,
     )
     model = Glm4Moe(model_config, weights, ops, device, group.all_reduce)
-    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops.dtype, device)
-    return Worker(model_config, model, kv_cache, group, device, ops.dtype)
+    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops, device)
+    worker = Worker(model_config, model, kv_cache, group, device, dtype)
+    if not config.enforce_eager:
+        max_blocks = -(-preparation.limits.max_model_len // preparation.limits.block_size)
+        worker.record_decode_graphs(record_cuda_graph, config.scheduler.max_num_seqs, max_blocks)
+    return worker
 
 
-def build_engine(preparation: Preparation, worker: Worker[torch.Tensor], group: RankGroup) -> Engine:
+def build_engine(preparation: Preparation, worker: Worker[Any], group: RankGroup) -> Engine:
     """Rank 0's engine around its worker."""
     config, geometry = preparation.config, preparation.memory.cache_geometry
-    sampler = Sampler(_backend(config), preparation.limits.num_token_ids)
+    sampler = Sampler(make_ops(config, preparation.hardware), preparation.limits.num_token_ids)
     scheduler = Scheduler(
         config.scheduler,
         BlockPool(geometry.num_blocks),
@@ -134,7 +141,3 @@ def load_engine(preparation: Preparation) -> Engine:
     """Load an engine of one rank, in this process."""
     group = RankGroup(preparation.placement)
     return build_engine(preparation, load_worker(preparation, group), group)
-
-
-def _backend(config: EngineConfig) -> ReferenceOps:
-    return ReferenceOps(getattr(torch, config.dtype))

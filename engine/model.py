@@ -69,12 +69,14 @@ class Glm4Moe(Generic[W]):
         """
         ops = self._ops
         angles = self._rotary_angles(positions, hidden.dtype)
+        update: Tensor | None = None
         for layer, cache in zip(self._weights.layers, kv_cache, strict=True):
-            query = ops.attention_input(hidden, layer.attention, angles, cache, batch.slots)
+            hidden, query = ops.attention_input(hidden, update, layer.attention, angles, cache, batch.slots)
             attended = ops.paged_attention(query, cache, batch)
-            hidden = hidden + self._all_reduce(ops.attention_output(attended, layer.attention))
-            hidden = hidden + self._all_reduce(self._feed_forward(hidden, layer.feed_forward))
-        return hidden
+            update = self._all_reduce(ops.attention_output(attended, layer.attention))
+            hidden, update = self._feed_forward(hidden, update, layer.feed_forward)
+            update = self._all_reduce(update)
+        return hidden if update is None else hidden + update
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [S, V] of hidden [S, H], of this rank's share V of the vocabulary. On the last stage
@@ -84,10 +86,12 @@ class Glm4Moe(Generic[W]):
             raise ValueError("this pipeline stage does not hold the head")
         return self._ops.logits(hidden, head.norm, head.matrix)
 
-    def _feed_forward(self, hidden: Tensor, weights: DenseWeights[W] | MoeWeights[W]) -> Tensor:
+    def _feed_forward(
+        self, hidden: Tensor, update: Tensor, weights: DenseWeights[W] | MoeWeights[W]
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(weights, DenseWeights):
-            return self._ops.dense_mlp(hidden, weights)
-        return self._ops.moe(hidden, weights)
+            return self._ops.dense_mlp(hidden, update, weights)
+        return self._ops.moe(hidden, update, weights)
 
     def _rotary_angles(self, positions: Tensor, dtype: torch.dtype) -> RotaryAngles:
         # The angle is a float32 product and cos/sin are rounded after: so the model was trained.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nybble.engine.backend import resolve_backend
 from nybble.engine.capacity import make_plan
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.gpu_specs import GIB, GpuSet
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import KV_ITEM_BYTES, Inventory, KVDtype
+from nybble.engine.inventory import EXPERTS, KV_ITEM_BYTES, Inventory, KVDtype
 from nybble.engine.kv_cache import CacheGeometry
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.placement import Placement
@@ -49,8 +50,11 @@ def resolve(
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if hardware.device == "cpu" else "bfloat16"
+    backend = resolve_backend(config, hardware)
     resolved = replace(
         config,
+        backend=backend,
+        enforce_eager=config.enforce_eager or not _can_record(backend, inventory, placement, hardware),
         device=hardware.device,
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
@@ -63,12 +67,16 @@ def resolve(
 def _plan_memory(
     config: EngineConfig, inventory: Inventory, placement: Placement, hardware: Hardware
 ) -> MemoryPlan:
-    """`nybble plan` for this machine, with the weights as the reference backend holds them: dequantized."""
+    """`nybble plan` for this machine, with the weights as the backend holds them."""
     max_model_len = config.max_model_len or 0
     kv_dtype: KVDtype = "fp32" if config.dtype == "float32" else "bf16"
     item_bytes = KV_ITEM_BYTES[kv_dtype]
     gpus = GpuSet(placement.split.num_ranks, hardware.spec)
-    held = inventory.without_draft().recast(config.weights).dequantized(item_bytes)
+    held = inventory.without_draft().recast(config.weights)
+    if config.backend == "reference":
+        held = held.dequantized(item_bytes)
+    else:
+        _check_expert_kernels(held)
     plan = make_plan(held, gpus, max_model_len, kv_dtype, placement.split)
     if plan.shortfall is not None:
         raise OptionError(str(plan.shortfall))
@@ -78,6 +86,27 @@ def _plan_memory(
     geometry = replace(geometry, num_blocks=cache_bytes // geometry.block_bytes)
     _check_cache(geometry, max_model_len, weight_bytes, hardware)
     return MemoryPlan(weight_bytes=weight_bytes, cache_geometry=geometry)
+
+
+def _can_record(backend: str, inventory: Inventory, placement: Placement, hardware: Hardware) -> bool:
+    """Whether decode steps can be CUDA graphs. Stages wait for each other on the host, and so do experts that
+    have no kernel."""
+    is_one_stage = placement.is_first_stage and placement.is_last_stage
+    has_kernels = all("FP4" in layout for layout in _expert_layouts(inventory))
+    return backend == "triton" and hardware.device == "cuda" and is_one_stage and has_kernels
+
+
+def _expert_layouts(inventory: Inventory) -> list[str]:
+    return sorted({group.layout for group in inventory.groups if group.part == EXPERTS})
+
+
+def _check_expert_kernels(inventory: Inventory) -> None:
+    layouts = _expert_layouts(inventory)
+    if any("FP8" in layout for layout in layouts):
+        raise OptionError(
+            f"backend is 'triton', which has no kernels for experts in {', '.join(layouts)}: "
+            "set backend to 'reference'"
+        )
 
 
 def _check_ranges(config: EngineConfig, model: ModelConfig) -> None:

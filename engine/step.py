@@ -62,6 +62,7 @@ class StepInput:
             context_lengths=self.attention.context_lengths.to(device),
             block_tables=self.attention.block_tables.to(device),
             slots=self.attention.slots.to(device),
+            query_lengths=self.attention.query_lengths,
         )
         token_ids, positions = self.token_ids.to(device), self.positions.to(device)
         return StepInput(token_ids, positions, attention, self.logit_rows.to(device))
@@ -89,6 +90,7 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
             context_lengths=tensor(np.array([end for _, end in spans]), np.int32),
             block_tables=tensor(tables, np.int32),
             slots=tensor(slots, np.int64),
+            query_lengths=tuple(lengths.tolist()),
         ),
         logit_rows=tensor((ends - 1)[samples], np.int64),
     )
@@ -123,6 +125,7 @@ def unpack(numbers: Tensor) -> StepInput:
         context_lengths=contexts.int(),
         block_tables=tables.int().view(num_sequences, max_blocks),
         slots=slots,
+        query_lengths=tuple(starts.diff().tolist()),
     )
     return StepInput(token_ids, positions, attention, rows)
 

@@ -100,12 +100,12 @@ def _problem(checkpoint: Checkpoint, parameter: Parameter) -> str | None:
 def _hidden(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     """float32 hidden states [_NUM_TOKENS, H] of fixed random tokens."""
     ops = ReferenceOps(dtype)
-    weights = load_weights(checkpoint, config, ops.prepare_weight, _CPU, dtype)
+    weights = load_weights(checkpoint, config, ops, _CPU, dtype)
     model = Glm4Moe(config, weights, ops, _CPU)
     geometry = CacheGeometry.of(config, Placement(), dtype.itemsize, block_size=_NUM_TOKENS, num_blocks=1)
     random = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, config.vocab_size, (_NUM_TOKENS,), generator=random).tolist()
     plan = StepPlan((Chunk("self-test", token_ids, 0, [0], SamplingParams(max_tokens=1)),))
     step = build_step_input(plan, _NUM_TOKENS)
-    cache = allocate_kv_cache(geometry, dtype, _CPU)
+    cache = allocate_kv_cache(geometry, ops, _CPU)
     return model.forward(model.embed(step.token_ids), step.positions, cache, step.attention).float()

@@ -29,6 +29,7 @@ from nybble.kernels.ops import (
     Embedding,
     MlpWeights,
     MoeWeights,
+    Ops,
     RmsNorm,
     RouterWeights,
     W,
@@ -64,7 +65,7 @@ class ModelWeights(Generic[W]):
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    prepare_weight: Callable[[Stored], W],
+    ops: Ops[W],
     device: torch.device,
     dtype: torch.dtype,
     weight_dtypes: WeightDtypes | None = None,
@@ -73,7 +74,7 @@ def load_weights(
 ) -> ModelWeights[W]:
     """Load what a rank holds of the main model, by default all of it, and nothing else.
 
-    `prepare_weight` is the backend's, `dtype` that of activations; `on_layer` is told after each layer.
+    `ops` is the backend, `dtype` that of activations; `on_layer` is told after each layer.
 
     Raises:
         CheckpointError: as `check_tensors`, or a file cannot be read.
@@ -83,7 +84,7 @@ def load_weights(
     loader = _Loader(
         checkpoint=checkpoint,
         config=config,
-        prepare_weight=prepare_weight,
+        ops=ops,
         device=device,
         dtype=dtype,
         weight_dtypes=weight_dtypes or WeightDtypes(),
@@ -97,7 +98,7 @@ def load_weights(
 class _Loader(Generic[W]):
     checkpoint: Checkpoint
     config: ModelConfig
-    prepare_weight: Callable[[Stored], W]
+    ops: Ops[W]
     device: torch.device
     dtype: torch.dtype
     weight_dtypes: WeightDtypes
@@ -121,9 +122,9 @@ class _Loader(Generic[W]):
     def _head(self, embedding: Embedding | None) -> HeadWeights[W]:
         norm = self._norm("model.norm")
         if not self.config.tie_word_embeddings:
-            return HeadWeights(norm, self.prepare_weight(self._stored("lm_head")))
+            return HeadWeights(norm, self.ops.prepare_weight(self._stored("lm_head")))
         tied = embedding or self._embedding()
-        return HeadWeights(norm, self.prepare_weight(tied.table))
+        return HeadWeights(norm, self.ops.prepare_weight(tied.table))
 
     def _layer(self, layer: int) -> LayerWeights[W]:
         prefix = f"model.layers.{layer}"
@@ -141,11 +142,11 @@ class _Loader(Generic[W]):
         return AttentionWeights(
             shape=self._attention_shape(),
             norm=self._norm(f"{prefix}.input_layernorm"),
-            qkv=self.prepare_weight(self._joined(projections, dtype)),
+            qkv=self.ops.prepare_weight(self._joined(projections, dtype)),
             qkv_bias=torch.cat(biases) if biases else None,
             query_norm=self._norm(f"{attention}.q_norm") if config.use_qk_norm else None,
             key_norm=self._norm(f"{attention}.k_norm") if config.use_qk_norm else None,
-            output=self.prepare_weight(self._stored(f"{attention}.o_proj", dtype)),
+            output=self.ops.prepare_weight(self._stored(f"{attention}.o_proj", dtype)),
         )
 
     def _attention_shape(self) -> AttentionShape:
@@ -172,7 +173,7 @@ class _Loader(Generic[W]):
 
     def _router(self, name: str) -> RouterWeights:
         config = self.config
-        return RouterWeights(
+        router = RouterWeights(
             weight=self._read(f"{name}.weight").float(),
             bias=self._read(f"{name}.e_score_correction_bias").float(),
             top_k=config.num_experts_per_tok,
@@ -181,6 +182,7 @@ class _Loader(Generic[W]):
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
+        return self.ops.prepare_router(router)
 
     def _experts(self, prefix: str) -> MlpWeights[W]:
         held = self.placement.experts(self.config.n_routed_experts)
@@ -188,15 +190,15 @@ class _Loader(Generic[W]):
         gate_up = [[f"{name}.gate_proj", f"{name}.up_proj"] for name in names]
         # One after the other, so that only one of them is held in both forms at a time.
         return MlpWeights(
-            gate_up=self.prepare_weight(self._stacked(gate_up)),
-            down=self.prepare_weight(self._stacked([[f"{name}.down_proj"] for name in names])),
+            gate_up=self.ops.prepare_weight(self._stacked(gate_up)),
+            down=self.ops.prepare_weight(self._stacked([[f"{name}.down_proj"] for name in names])),
         )
 
     def _mlp(self, name: str, dtype: WeightDtype) -> MlpWeights[W]:
         gate_up = [f"{name}.gate_proj", f"{name}.up_proj"]
         return MlpWeights(
-            gate_up=self.prepare_weight(self._joined(gate_up, dtype)),
-            down=self.prepare_weight(self._stored(f"{name}.down_proj", dtype)),
+            gate_up=self.ops.prepare_weight(self._joined(gate_up, dtype)),
+            down=self.ops.prepare_weight(self._stored(f"{name}.down_proj", dtype)),
         )
 
     def _norm(self, name: str) -> RmsNorm:

@@ -7,6 +7,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from nybble.engine.decode_graphs import DecodeGraphs, Record
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.rank_group import RankGroup
@@ -31,18 +32,34 @@ class Worker(Generic[W]):
         self._group = group
         self._device = device
         self._dtype = dtype
+        self._decode_graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def record_decode_graphs(self, record: Record, max_num_seqs: int, max_blocks: int) -> None:
+        """From now on replay decode steps. For a rank that has all layers, of a backend that leaves out
+        tokens in negative slots and sequences without context."""
+
+        def forward(step: StepInput) -> Tensor:
+            return self._logits(self._run_stage(step), step)
+
+        self._decode_graphs = DecodeGraphs(forward, record, max_num_seqs, max_blocks, self._device)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> Tensor | None:
         """Run this rank's layers; on rank 0 the logits float32 [S', V] of the step's `logit_rows`, if any."""
         placement = self._group.placement
         step = step.to(self._device)
-        hidden = self._run_stage(step)
-        if not placement.is_last_stage:
-            self._group.send_hidden(hidden)
+        logits: Tensor | None = None
+        if self._decode_graphs is not None and self._decode_graphs.can_run(step):
+            logits = self._decode_graphs.run(step)
+        else:
+            hidden = self._run_stage(step)
+            if not placement.is_last_stage:
+                self._group.send_hidden(hidden)
+            elif len(step.logit_rows):
+                logits = self._logits(hidden, step)
         if not len(step.logit_rows):
             return None
-        logits = self._model.logits(hidden[step.logit_rows]) if placement.is_last_stage else None
         if placement.rank == 0:
             return self._collect_logits(logits, len(step.logit_rows))
         if logits is not None:
@@ -53,6 +70,10 @@ class Worker(Generic[W]):
         """On the ranks other than 0: run what rank 0 announces, until it announces the end."""
         while (numbers := self._group.next_announcement()) is not None:
             self.execute(unpack(numbers))
+
+    def _logits(self, hidden: Tensor, step: StepInput) -> Tensor:
+        """This rank's share of the logits [S', V], on the last stage."""
+        return self._model.logits(hidden[step.logit_rows])
 
     def _run_stage(self, step: StepInput) -> Tensor:
         """Hidden states [T, H] after the layers of this stage."""

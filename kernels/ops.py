@@ -7,6 +7,9 @@ takes and returns tensors and the dataclasses below, never a model or a context.
 
 Weights may be one rank's share of a model. Then `embed`, `attention_output`, `dense_mlp` and `moe` return
 partial sums: added over the ranks, and to the hidden states, they are the model's. No operation communicates.
+So what a part of a layer adds to the hidden states, its *update*, is added by the part that follows, together
+with its norm: `attention_input`, `dense_mlp` and `moe` take both and return the sum, which may be
+`hidden` itself, changed.
 
 Shapes: T tokens in the step (of all sequences, one after the other), S sequences, H hidden size,
 D head dim, V vocabulary. `W` is a backend's own form of a weight matrix. Heads, MLP widths, experts and
@@ -18,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from nybble.kernels.quantized_tensor import QuantizedTensor
@@ -119,7 +123,7 @@ class MoeWeights(Generic[W]):
 
 @dataclass(frozen=True)
 class Routing:
-    """Of each token its experts and their weights: ids int64 [T, top_k], weights float32 [T, top_k]."""
+    """Of each token its experts and their weights: ids integer [T, top_k], weights float32 [T, top_k]."""
 
     ids: Tensor
     weights: Tensor
@@ -135,10 +139,15 @@ class RotaryAngles:
 
 @dataclass(frozen=True)
 class KVCacheLayer:
-    """Paged keys (after norm and rotation) and values: [num_blocks, block_size, num_kv_heads, D]."""
+    """Paged keys (after norm and rotation) and values, in the layout of the backend that made it.
+
+    key_scale, value_scale: float32 [1], by which what an FP8 cache holds is multiplied; None is 1.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,12 +158,14 @@ class AttentionBatch:
     context_lengths: int32 [S]; tokens of sequence s in the cache, those of this step included
     block_tables: int32 [S, max_blocks]; the cache blocks of each sequence in order, padded with 0
     slots: int64 [T]; where each token's key and value go: block * block_size + offset
+    query_lengths: the tokens of each sequence, for decisions on the host
     """
 
     query_starts: Tensor
     context_lengths: Tensor
     block_tables: Tensor
     slots: Tensor
+    query_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -179,20 +190,30 @@ class Ops(Protocol[W]):
     def prepare_weight(self, weight: Tensor | QuantizedTensor) -> W:
         """The backend's form of a matrix [N, K] or a stack [E, N, K]; called once for each weight."""
 
+    def prepare_router(self, router: RouterWeights) -> RouterWeights:
+        """The backend's form of a router; called once for each."""
+
+    def new_kv_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> KVCacheLayer:
+        """A layer's cache, uninitialised: unused host pages cost nothing."""
+
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         """[T, H]: the rows of token_ids int64 [T], zeros for those that the table does not hold."""
 
     def attention_input(
         self,
         hidden: Tensor,
+        update: Tensor | None,
         weights: AttentionWeights[W],
         angles: RotaryAngles,
         cache: KVCacheLayer,
         slots: Tensor,
-    ) -> Tensor:
-        """Norm, q/k/v projection, per-head norms and rotation of hidden [T, H].
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, q/k/v projection, per-head norms and rotation of hidden + update [T, H].
 
-        Writes keys and values to `cache` at `slots`; returns the queries [T, num_heads, D].
+        Writes keys and values to `cache` at `slots`; returns hidden + update and the queries
+        [T, num_heads, D].
         """
 
     def paged_attention(self, query: Tensor, cache: KVCacheLayer, batch: AttentionBatch) -> Tensor:
@@ -202,11 +223,13 @@ class Ops(Protocol[W]):
     def attention_output(self, attended: Tensor, weights: AttentionWeights[W]) -> Tensor:
         """[T, H]: the output projection of attended [T, num_heads * D]."""
 
-    def dense_mlp(self, hidden: Tensor, weights: DenseWeights[W]) -> Tensor:
-        """[T, H]: the MLP of the norm of hidden [T, H]."""
+    def dense_mlp(
+        self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[W]
+    ) -> tuple[Tensor, Tensor]:
+        """hidden + update [T, H], and the MLP of its norm."""
 
-    def moe(self, hidden: Tensor, weights: MoeWeights[W]) -> Tensor:
-        """[T, H]: routed and shared experts of the norm of hidden [T, H]."""
+    def moe(self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[W]) -> tuple[Tensor, Tensor]:
+        """hidden + update [T, H], and the routed and shared experts of its norm."""
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: W) -> Tensor:
         """float32 [S, V]: the head applied to the norm of hidden [S, H]."""

@@ -111,6 +111,12 @@ class QuantizedTensor:
         is_divisor = self.format.divides_by_global_scale
         return block_scales / global_scales if is_divisor else block_scales * global_scales
 
+    def row_factors(self) -> Tensor:
+        """float32 [..., rows]: the global scales as factors, where dividing would not do; 1 without any."""
+        if self.global_scales is None:
+            return torch.ones(self.shape[:-1], device=self.codes.device)
+        return 1 / self.global_scales if self.format.divides_by_global_scale else self.global_scales
+
     def __getitem__(self, index: int) -> QuantizedTensor:
         """A matrix of a stack, sharing its memory."""
         return replace(

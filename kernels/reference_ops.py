@@ -43,6 +43,17 @@ class ReferenceOps:
             return weight.dequantize(self.dtype)
         return weight.to(self.dtype)
 
+    def prepare_router(self, router: RouterWeights) -> RouterWeights:
+        return router
+
+    def new_kv_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> KVCacheLayer:
+        """keys, values: [num_blocks, block_size, num_kv_heads, D]."""
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2))
+        return KVCacheLayer(keys=keys, values=values)
+
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         rows = token_ids - embedding.first_id
         is_elsewhere = (rows < 0) | (rows >= embedding.table.shape[0])
@@ -52,17 +63,19 @@ class ReferenceOps:
     def attention_input(
         self,
         hidden: Tensor,
+        update: Tensor | None,
         weights: AttentionWeights[Tensor],
         angles: RotaryAngles,
         cache: KVCacheLayer,
         slots: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        hidden = added(hidden, update)
         qkv = F.linear(rms_norm(hidden, weights.norm), weights.qkv, weights.qkv_bias)
         query, key, value = split_heads(qkv, weights.shape)
         query = rms_norm(query, weights.query_norm) if weights.query_norm else query
         key = rms_norm(key, weights.key_norm) if weights.key_norm else key
         store_kv(rotate(key, angles), value, cache, slots)
-        return rotate(query, angles)
+        return hidden, rotate(query, angles)
 
     def paged_attention(self, query: Tensor, cache: KVCacheLayer, batch: AttentionBatch) -> Tensor:
         outputs = []
@@ -76,14 +89,20 @@ class ReferenceOps:
     def attention_output(self, attended: Tensor, weights: AttentionWeights[Tensor]) -> Tensor:
         return F.linear(attended, weights.output)
 
-    def dense_mlp(self, hidden: Tensor, weights: DenseWeights[Tensor]) -> Tensor:
-        return mlp(rms_norm(hidden, weights.norm), weights.mlp)
+    def dense_mlp(
+        self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        hidden = added(hidden, update)
+        return hidden, mlp(rms_norm(hidden, weights.norm), weights.mlp)
 
-    def moe(self, hidden: Tensor, weights: MoeWeights[Tensor]) -> Tensor:
+    def moe(
+        self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        hidden = added(hidden, update)
         x = rms_norm(hidden, weights.norm)
         routed = experts(x, route(x, weights.router), weights.experts, weights.first_expert)
         shared = mlp(x, weights.shared_expert).float()
-        return (routed + shared).to(hidden.dtype)
+        return hidden, (routed + shared).to(hidden.dtype)
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
         return F.linear(rms_norm(hidden, norm), head).float()
@@ -96,6 +115,11 @@ class ReferenceOps:
 
 
 # Norm, attention.
+
+
+def added(hidden: Tensor, update: Tensor | None) -> Tensor:
+    """hidden + update [T, H]."""
+    return hidden if update is None else hidden + update
 
 
 def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:

@@ -171,7 +171,7 @@ def test_a_model_comes_back_through_the_loader(tmp_path: Path) -> None:
     model = load_weights(
         Checkpoint.open(tmp_path / "glm"),
         _config(),
-        ReferenceOps(torch.float32).prepare_weight,
+        ReferenceOps(torch.float32),
         torch.device("cpu"),
         torch.float32,
         on_layer=loaded_layers.append,

@@ -57,6 +57,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setattr(torch.cuda, "set_device", gpus.set_device)
         monkeypatch.setattr(torch.cuda, "mem_get_info", gpus.mem_get_info)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
 
     return set_up
 
@@ -89,13 +90,13 @@ def test_ranks_share_the_memory_of_their_host(machine: Machine) -> None:
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_is_taken_if_there_is_one(device: Literal["auto", "cuda"], machine: Machine) -> None:
     machine(num_gpus=1)
-    assert detect(device, ALONE) == Hardware("cuda", 70, "GPU number 0", 0)
+    assert detect(device, ALONE) == Hardware("cuda", 70, "GPU number 0", 0, capability=121)
 
 
 def test_each_rank_takes_a_gpu_of_its_machine(machine: Machine) -> None:
     machine(num_gpus=4)
     found = [detect("auto", LaunchedRank(rank, 8, rank - 4, 4)) for rank in (4, 5, 6, 7)]
-    assert found == [Hardware("cuda", 70 + n, f"GPU number {n}", n) for n in range(4)]
+    assert found == [Hardware("cuda", 70 + n, f"GPU number {n}", n, 121) for n in range(4)]
     assert found[2].torch_device == torch.device("cuda", 2)
 
 

@@ -9,6 +9,7 @@ import torch
 from nybble.engine.kv_cache import CacheGeometry, allocate_kv_cache
 from nybble.engine.model_config import ModelConfig, read_json_object
 from nybble.engine.placement import Placement, Split
+from nybble.kernels.reference_ops import ReferenceOps
 
 MODEL = ModelConfig.from_fields(read_json_object(Path(__file__).parent / "data" / "glm-4.7-config.json"))
 GLM_4_7 = CacheGeometry(
@@ -25,7 +26,7 @@ def test_glm_4_7_has_its_known_size() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_take_the_bytes_that_were_planned(dtype: torch.dtype) -> None:
     geometry = replace(TINY, item_bytes=dtype.itemsize)
-    layers = allocate_kv_cache(geometry, dtype, torch.device("cpu"))
+    layers = allocate_kv_cache(geometry, ReferenceOps(dtype), torch.device("cpu"))
     tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     assert len(layers) == 3
     assert {(tensor.dtype, tuple(tensor.shape)) for tensor in tensors} == {(dtype, (5, 4, 2, 8))}
@@ -33,7 +34,7 @@ def test_tensors_take_the_bytes_that_were_planned(dtype: torch.dtype) -> None:
 
 
 def test_no_two_tensors_share_memory() -> None:
-    layers = allocate_kv_cache(TINY, torch.float32, torch.device("cpu"))
+    layers = allocate_kv_cache(TINY, ReferenceOps(torch.float32), torch.device("cpu"))
     tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
@@ -59,7 +60,8 @@ def test_a_rank_caches_its_layers_and_heads(
 ) -> None:
     geometry = CacheGeometry.of(MODEL, Placement(split, rank), item_bytes=2, block_size=16, num_blocks=7)
     assert geometry == replace(GLM_4_7, num_layers=num_layers, num_kv_heads=num_kv_heads, num_blocks=7)
-    layers = allocate_kv_cache(replace(geometry, block_size=1), torch.bfloat16, torch.device("cpu"))
+    ops = ReferenceOps(torch.bfloat16)
+    layers = allocate_kv_cache(replace(geometry, block_size=1), ops, torch.device("cpu"))
     assert len(layers) == num_layers
     assert layers[-1].values.shape == (7, 1, num_kv_heads, 128)
 

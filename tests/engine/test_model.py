@@ -37,12 +37,12 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Callable[[list[
     """A function from chunks of one sequence to the logits of all its tokens, run chunk by chunk."""
     config = ModelConfig.from_directory(directory)
     ops = ReferenceOps(dtype)
-    weights = load_weights(Checkpoint.open(directory), config, ops.prepare_weight, CPU, dtype)
+    weights = load_weights(Checkpoint.open(directory), config, ops, CPU, dtype)
     model = Glm4Moe(config, weights, ops, CPU)
     geometry = CacheGeometry.of(config, Placement(), dtype.itemsize, BLOCK_SIZE, num_blocks=40)
 
     def logits(chunks: list[list[int]]) -> torch.Tensor:
-        cache = allocate_kv_cache(geometry, dtype, CPU)
+        cache = allocate_kv_cache(geometry, ops, CPU)
         for layer in cache:  # what was never written must never be read
             layer.keys.fill_(torch.nan)
             layer.values.fill_(torch.nan)

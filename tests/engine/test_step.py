@@ -95,6 +95,7 @@ def test_flattened_token_by_token(data: st.DataObject, block_size: int) -> None:
         logit_rows += [row - 1] * (chunk.sampling is not None)
     assert step.attention.query_starts[-1] == row == len(step.token_ids)
     assert step.logit_rows.tolist() == logit_rows
+    assert step.attention.query_lengths == tuple(len(chunk.token_ids) for chunk in chunks)
 
 
 @pytest.mark.parametrize("block_size", [1, 16])
@@ -107,8 +108,8 @@ def test_block_tables_are_as_wide_as_the_longest(block_size: int) -> None:
 
 
 def _tensors(step: StepInput) -> dict[str, Tensor]:
-    outer = {name: value for name, value in vars(step).items() if name != "attention"}
-    return outer | vars(step.attention)
+    values = vars(step) | vars(step.attention)
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _assert_equal(actual: StepInput, expected: StepInput) -> None:
@@ -118,6 +119,7 @@ def _assert_equal(actual: StepInput, expected: StepInput) -> None:
         assert tensor.dtype == wanted[name].dtype, name
         assert tensor.shape == wanted[name].shape, name
         assert torch.equal(tensor, wanted[name]), name
+    assert actual.attention.query_lengths == expected.attention.query_lengths
 
 
 @settings(max_examples=200, deadline=None)

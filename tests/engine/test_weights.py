@@ -51,7 +51,7 @@ def _load(checkpoint: Checkpoint, placement: Placement | None = None, **options:
     config = ModelConfig.from_directory(checkpoint.directory)
     dtype, device = torch.float32, torch.device("cpu")
     return load_weights(
-        checkpoint, config, ReferenceOps(dtype).prepare_weight, device, dtype, placement=placement, **options
+        checkpoint, config, ReferenceOps(dtype), device, dtype, placement=placement, **options
     )
 
 

@@ -325,14 +325,22 @@ def test_moe_as_transformers_does(name: str) -> None:
     norm = Glm4MoeRMSNorm(HIDDEN, 1e-5).requires_grad_(False)
     norm.weight.copy_(weights.norm.weight)
     expected = theirs(norm(hidden).unsqueeze(0)).squeeze(0)
-    assert_close(ReferenceOps(torch.float32).moe(hidden, weights), expected, **FLOAT32)
+    assert_close(ReferenceOps(torch.float32).moe(hidden, None, weights)[1], expected, **FLOAT32)
+
+
+def test_an_update_is_added_before_the_norm() -> None:
+    weights = DenseWeights(RmsNorm(_normal(24), 1e-5), _mlp_weights(24, 50))
+    hidden, update, ops = _normal(5, 24), _normal(5, 24), ReferenceOps(torch.float32)
+    total, added = ops.dense_mlp(hidden, update, weights)
+    assert torch.equal(total, hidden + update)
+    assert torch.equal(added, ops.dense_mlp(hidden + update, None, weights)[1])
 
 
 def test_dense_mlp_is_the_mlp_of_the_norm() -> None:
     weights = DenseWeights(RmsNorm(_normal(24), 1e-5), _mlp_weights(24, 50))
     hidden = _normal(5, 24, scale=2)
     expected = torch.stack([_mlp(row, weights.mlp) for row in _rms_norm(hidden, weights.norm)])
-    assert_close(ReferenceOps(torch.float32).dense_mlp(hidden, weights), expected, **FLOAT32)
+    assert_close(ReferenceOps(torch.float32).dense_mlp(hidden, None, weights)[1], expected, **FLOAT32)
 
 
 # Shares of the ranks: partial sums add up to the whole.
@@ -350,8 +358,8 @@ def test_dense_mlps_of_the_ranks_add_up(dtype: torch.dtype, tolerance: dict[str,
     weights = DenseWeights(RmsNorm(_normal(24, dtype=dtype), 1e-5), _mlp_weights(24, 50, dtype=dtype))
     hidden, ops = _normal(5, 24, scale=2, dtype=dtype), ReferenceOps(dtype)
     shares = [replace(weights, mlp=_neurons(weights.mlp, *span)) for span in ((0, 10), (10, 11), (11, 50))]
-    total = sum((ops.dense_mlp(hidden, share).double() for share in shares), torch.zeros(5, 24))
-    assert_close(total, ops.dense_mlp(hidden, weights), **tolerance)
+    total = sum((ops.dense_mlp(hidden, None, share)[1].double() for share in shares), torch.zeros(5, 24))
+    assert_close(total, ops.dense_mlp(hidden, None, weights)[1], **tolerance)
 
 
 def test_experts_of_the_ranks_add_up() -> None:
@@ -388,8 +396,8 @@ def test_moes_of_the_ranks_add_up(has_whole_experts: bool, name: str) -> None:
             shared_expert=_neurons(weights.shared_expert, 10 * rank, 10 * rank + 10),
             first_expert=first,
         )
-        total += ops.moe(hidden, share)
-    assert_close(total, ops.moe(hidden, weights), **FLOAT32)
+        total += ops.moe(hidden, None, share)[1]
+    assert_close(total, ops.moe(hidden, None, weights)[1], **FLOAT32)
 
 
 def _fill(theirs: Glm4MoeMLP, weights: MlpWeights[Tensor]) -> None:
@@ -465,6 +473,7 @@ def _paged(
         context_lengths=torch.tensor([context for _, context in spans], dtype=torch.int32),
         block_tables=tables,
         slots=torch.tensor(slots),
+        query_lengths=tuple(tokens for tokens, _ in spans),
     )
     return cache, batch, contexts
 
@@ -560,7 +569,7 @@ def test_attention_input(
     hidden, angles = _normal(4, HIDDEN, dtype=dtype), _angles([3, 4, 0, 77], shape.rotary_dim, dtype)
     empty = torch.full((5, 4, shape.num_kv_heads, shape.head_dim), torch.nan, dtype=dtype)
     cache, slots = KVCacheLayer(empty.clone(), empty.clone()), torch.tensor([11, 4, 19, 0])
-    query = ReferenceOps(dtype).attention_input(hidden, weights, angles, cache, slots)
+    _, query = ReferenceOps(dtype).attention_input(hidden, None, weights, angles, cache, slots)
     expected = _project(hidden, weights, angles)
     assert query.dtype == dtype
     assert_close(query, expected[0], **tolerance)
