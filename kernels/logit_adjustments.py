@@ -73,7 +73,7 @@ def adjust_logits(logits: Tensor, adjustments: LogitAdjustments) -> None:
 def pack_token_mask(is_allowed: Tensor) -> Tensor:
     """bool [S, V] as int32 [S, ceil(V / 32)], the bits that are left over 0."""
     padding = -is_allowed.shape[-1] % _WORD
-    bits = torch.nn.functional.pad(is_allowed, (0, padding)).unflatten(-1, (-1, _WORD)).long()
+    bits = torch.unflatten(torch.nn.functional.pad(is_allowed, (0, padding)).long(), -1, (-1, _WORD))
     words = (bits << torch.arange(_WORD, device=bits.device)).sum(dim=-1)
     return words.to(torch.int32)  # the highest bit becomes the sign
 

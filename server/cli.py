@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_quantize(commands)
     _add_verify(commands)
+    _add_bench(commands)
     _add_demo(commands)
     _add_demo_checkpoint(commands)
     return parser
@@ -101,6 +102,15 @@ def _add_verify(commands: Any) -> None:
         "--manifest", type=Path, help="file of hashes; written if missing (default: in the directory)"
     )
     parser.set_defaults(run=_verify)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="benchmarks")
+    benchmarks = parser.add_subparsers(required=True, metavar="WHAT")
+    # Everything goes to the benchmark's own program, options and --help, too: none of it begins with "+".
+    ops = benchmarks.add_parser("ops", help="kernels at GLM-4.7's shapes", prefix_chars="+", add_help=False)
+    ops.add_argument("arguments", nargs="*")
+    ops.set_defaults(run=_bench_ops)
 
 
 def _add_demo(commands: Any) -> None:
@@ -179,6 +189,12 @@ def _verify(options: argparse.Namespace) -> None:
     from nybble.server.verify import verify
 
     verify(options.checkpoint, options.manifest, Console())
+
+
+def _bench_ops(options: argparse.Namespace) -> None:
+    from nybble.server.bench_ops import bench_ops
+
+    sys.exit(bench_ops(options.arguments))
 
 
 def _demo(options: argparse.Namespace) -> None:

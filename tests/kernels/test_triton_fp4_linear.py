@@ -56,6 +56,15 @@ def test_sixteen_bit_activations(form: Form, launch: Fp4LinearLaunch, dtype: tor
     assert_close(linear(x, matrix, launch, dtype), expected, max_error=2e-2, rms_error=3e-3)
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form.is_float16], ids=str)
+def test_activations_beyond_float16(form: Form) -> None:
+    """Only bfloat16 has such numbers; they become the largest that float16 has."""
+    weight, x = random_weight(form, 40, 128), (1e4 * normal(9, 128)).bfloat16()
+    x[0, 3], x[2, 70] = 1e6, -3e38
+    expected = product_reference(x.clamp(-65504, 65504), weight.dequantize())
+    assert_close(linear(x, packed(weight, form), LAUNCHES[2]), expected, max_error=1e-2, rms_error=3e-3)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_activations_of_its_own_type_are_not_rounded(form: Form) -> None:
     dtype = torch.float16 if form.is_float16 else torch.bfloat16

@@ -82,7 +82,7 @@ def test_exponential_of_all_kinds_of_bits() -> None:
     times = _exponential(bits).double().cpu()
     uniform = torch.tensor([(value & MASK64) >> 12 for value in bits]).double()
     exact = -torch.special.log1p(-((2.0**52 - uniform) - 0.5) * 2.0**-52)  # 1 - u is exact
-    assert ((times / exact - 1).abs() < 3e-7).all()
+    assert ((times / exact - 1).abs() < 4e-7).all()
 
 
 def test_the_race_is_that_of_the_noise() -> None:

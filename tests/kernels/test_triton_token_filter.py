@@ -43,7 +43,7 @@ def _of_few_values(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_each_filter(filters: tuple[float, int, float, float]) -> None:
-    logits, batch = normal(2, 900, scale=2), repeated([filters], 2)
+    logits, batch = normal(1, 900, scale=2), request_batch(filters)
     assert picks(logits, batch, launch=small_launch()) == reference_picks(logits, batch)
 
 

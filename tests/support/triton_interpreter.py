@@ -57,6 +57,7 @@ __all__ = ["register_assembly", "repair"]
 _LIBDEVICE = {"rint": np.rint, "tanh": np.tanh}
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
+_patch_language = interpreter._patch_lang
 
 
 def repair() -> None:
@@ -65,10 +66,18 @@ def repair() -> None:
     interpreter.interpreter_semantic.__class__ = interpreter.TritonSemantic = _Semantic
     interpreter.ReduceOps, interpreter.ScanOps = _ReduceOps, _ScanOps
     interpreter._patch_lang_tensor = _patch_tensor
+    interpreter._patch_lang = _patch_language_once
     for module in (cuda, import_module(cuda.__name__)):  # Triton imports it twice, and keeps both
         module.gdc_wait = module.gdc_launch_dependents = _do_nothing
     for name, function in _LIBDEVICE.items():
         setattr(libdevice, name, partial(_apply, function))
+
+
+def _patch_language_once(function: Any) -> Any:
+    """Triton does it again in every call of a device function, which takes longer than most of them."""
+    modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    is_patched = all(module.arange.__name__ == "<lambda>" for module in modules)
+    return None if is_patched else _patch_language(function)
 
 
 def _do_nothing() -> None:
