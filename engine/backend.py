@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -17,22 +18,42 @@ from nybble.kernels.reference_ops import ReferenceOps
 # 8.0, 10.3 as 10.0, 12.1 as 12.0.
 _TUNED = (80, 90, 100, 120)
 _INTERPRETED_AS = 90
+# Triton 3.6 and 3.7 give inline assembly that takes two elements others than neighbours, as was read from
+# their intermediate code: FP8 products, and FP4 products on 10.0 and 12.0, would be wrong.
+_OLDEST_TRITON = (3, 8)
 
 
 def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["reference", "triton"]:
     """Settle "auto".
 
     Raises:
-        OptionError: Triton was asked for and there is nothing that it can run on.
+        OptionError: Triton was asked for and there is nothing that it can run on; or it would be taken, and
+            its version compiles the kernels wrong.
     """
-    if config.backend == "auto":
-        return "triton" if hardware.capability >= _TUNED[0] else "reference"
-    if config.backend == "triton" and hardware.capability < _TUNED[0] and not _is_interpreted():
+    backend = config.backend
+    if backend == "auto":
+        backend = "triton" if hardware.capability >= _TUNED[0] else "reference"
+    if backend == "triton" and hardware.capability < _TUNED[0] and not _is_interpreted():
         found = f"{hardware.name} has {hardware.capability / 10}" if hardware.capability else "there is none"
         raise OptionError(
             f"backend is 'triton', which needs a GPU of compute capability 8.0 or more: {found}"
         )
-    return config.backend
+    if backend == "triton" and hardware.capability:
+        _check_triton()
+    return backend
+
+
+def _check_triton() -> None:
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        found = "none"
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if numbers < _OLDEST_TRITON:
+        raise OptionError(
+            f"the Triton backend needs triton 3.8 or newer, found {found}: older ones compile its kernels "
+            "wrong. Install a newer one, or set backend to 'reference', which holds weights dequantized"
+        )
 
 
 def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
