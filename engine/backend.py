@@ -62,7 +62,7 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     if config.backend != "triton":
         return ReferenceOps(dtype)
     # Here, since Triton is not for every platform, and takes a second to import.
-    from nybble.kernels.triton_ops import TritonOps
+    from nybble.kernels.triton.triton_ops import TritonOps
 
     capability = hardware.capability or _INTERPRETED_AS
     return TritonOps(dtype, arch=max(arch for arch in _TUNED if arch <= capability))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROGRAM = "nybble.kernels.triton_bench"
+_PROGRAM = "nybble.kernels.bench.program"
 _RESULTS = "results.json"
 
 

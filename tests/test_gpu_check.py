@@ -21,16 +21,16 @@ INSTALLED = {"numpy", "pytest", "torch", "transformers", "triton"}
 # Kernel tests that need more than a GPU box is asked to have; there they are skipped, and the script says
 # why.
 NEED_MORE = {
-    "test_nvfp4.py": {"hypothesis"},
-    "test_random_bits.py": {"hypothesis"},
-    "test_triton_ops.py": {"msgspec", "safetensors", "tokenizers"},
+    "kernels/test_nvfp4.py": {"hypothesis"},
+    "kernels/test_random_bits.py": {"hypothesis"},
+    "kernels/triton/test_triton_ops.py": {"msgspec", "safetensors", "tokenizers"},
 }
 
 
 def source(module: str) -> Path | None:
     """The file of a module of this repository."""
     package, _, name = module.rpartition(".")
-    path = ROOT / package.removeprefix("nybble.") / f"{name}.py" if package else SUPPORT / f"{name}.py"
+    path = ROOT / Path(*package.split(".")[1:]) / f"{name}.py" if package else SUPPORT / f"{name}.py"
     return path if path.exists() else None
 
 
@@ -57,12 +57,12 @@ def imported(node: ast.stmt) -> list[str]:
 def test_kernel_tests_need_little() -> None:
     needs = {}
     for path in (
-        *ROOT.glob("tests/kernels/test_*.py"),
+        *ROOT.glob("tests/kernels/**/test_*.py"),
         *SUPPORT.glob("test_*.py"),
         ROOT / "tests" / "conftest.py",
     ):
         if more := libraries(path) - INSTALLED:
-            needs[path.name] = more
+            needs[str(path.relative_to(ROOT / "tests"))] = more
     assert needs == NEED_MORE
 
 
@@ -92,14 +92,14 @@ def test_what_needs_no_gpu(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     lines = [line.partition(":") for line in (out / "tests.txt").read_text().splitlines()]
     assert sorted(line[0] for line in lines) == [
-        "FAILED  test_failing",
-        "passed  test_fp8",
-        "skipped test_lacking",
+        f"FAILED  {tmp_path.name}.test_failing",
+        "passed  kernels.test_fp8",
+        f"skipped {tmp_path.name}.test_lacking",
     ]
     assert {path.name for path in (out / "tests").iterdir()} >= {
-        "test_fp8.log",
-        "test_fp8.xml",
-        "test_failing.log",
+        "kernels.test_fp8.log",
+        "kernels.test_fp8.xml",
+        f"{tmp_path.name}.test_failing.log",
     }
     results = json.loads((out / "bench" / "results.json").read_text())
     assert {row["kind"] for row in results["rows"]} == {"modelled"}

@@ -43,8 +43,8 @@ def test_transformers_is_used_in_one_file() -> None:
     assert users_of("transformers") == {"engine/tokenizer.py"}
 
 
-def test_triton_is_used_in_triton_kernels_only() -> None:
-    assert all(name.startswith("kernels/triton_") for name in users_of("triton"))
+def test_triton_is_used_in_its_kernels_and_their_compilation_only() -> None:
+    assert all(name.startswith(("kernels/triton/", "kernels/compiled/")) for name in users_of("triton"))
 
 
 def test_http_libraries_are_used_in_the_server_only() -> None:
@@ -71,7 +71,8 @@ def test_readme_maps_every_source_file() -> None:
 
 def test_tests_mirror_modules() -> None:
     """A test file is named after the module it tests (or stands at the top, about the whole)."""
+    modules = {path.relative_to(ROOT) for path in SOURCES}
     for layer in LAYERS:
-        modules = {path.stem for path in (ROOT / layer).glob("*.py")}
-        tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / layer).glob("test_*.py")}
-        assert tests <= modules, f"tests/{layer}"
+        for path in (ROOT / "tests" / layer).glob("**/test_*.py"):
+            tested = path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_"))
+            assert tested in modules, f"{path.relative_to(ROOT)} tests no module"

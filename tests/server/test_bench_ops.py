@@ -24,7 +24,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     given: list[Program] = []
 
     def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        assert command[:3] == [sys.executable, "-m", "nybble.kernels.triton_bench"]
+        assert command[:3] == [sys.executable, "-m", "nybble.kernels.bench.program"]
         return subprocess.CompletedProcess(command, given[0](command[3:], env))
 
     monkeypatch.setattr(module.subprocess, "run", run)

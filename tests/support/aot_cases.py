@@ -1,4 +1,4 @@
-"""Cases of the tiny kernels, as kernels/triton_cases.py has them for the real ones."""
+"""Cases of the tiny kernels, as kernels/compiled/resource_cases.py has them for the real ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 
 from aot_kernels import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_TOKENS, dense_matmul, summed
 
-from nybble.kernels.resource_check import check
-from nybble.kernels.resource_report import Case, LoopLimits
+from nybble.kernels.compiled.resource_check import check
+from nybble.kernels.compiled.resource_report import Case, LoopLimits
 
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from nybble.kernels.triton_aot import compile_launch, launch_resources
-from nybble.kernels.triton_launch import KernelLaunch, launch, recorded_launches
+from nybble.kernels.compiled.aot import compile_launch, launch_resources
+from nybble.kernels.triton.launch import KernelLaunch, launch, recorded_launches
 
 BLOCK_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS = 16, 128, 64
 

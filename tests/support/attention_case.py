@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from nybble.kernels.kv_cache_layout import to_head_major
 from nybble.kernels.ops import AttentionShape, KVCacheLayer
+from nybble.kernels.triton.kv_cache_layout import to_head_major
 
 BFLOAT16 = {"max_error": 0.04, "rms_error": 3e-3}
 FLOAT32 = {"max_error": 2e-5, "rms_error": 1e-6}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nybble.kernels.bench_cases import BenchCase, ModelShape
-from nybble.kernels.bench_report import MEASURED, OURS, BenchReport, KernelInfo, Row
-from nybble.kernels.bench_timing import Run
+from nybble.kernels.bench.cases import BenchCase, ModelShape
+from nybble.kernels.bench.report import MEASURED, OURS, BenchReport, KernelInfo, Row
+from nybble.kernels.bench.timing import Run
 from nybble.kernels.ops import AttentionShape
 
 TINY = ModelShape(

@@ -1,4 +1,4 @@
-"""The inline assembly of `triton_fp4` in numpy, instruction for instruction."""
+"""The inline assembly of `fp4` in numpy, instruction for instruction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from triton_assembly import register_assembly
 from triton_numbers import Array
 
 from nybble.kernels.quantized_tensor import E2M1_VALUES
-from nybble.kernels.triton_fp4 import UNPACK_TO_BFLOAT16, UNPACK_TO_FLOAT16
+from nybble.kernels.triton.fp4 import UNPACK_TO_BFLOAT16, UNPACK_TO_FLOAT16
 
 
 def register() -> None:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton_device import ARCHES, DEVICE
 
-from nybble.kernels import activation_order
-from nybble.kernels.fp4_matrix import Fp4Matrix, pack_fp4
 from nybble.kernels.quantized_tensor import MXFP4, NVFP4, QuantizedTensor, stack
+from nybble.kernels.triton import activation_order
+from nybble.kernels.triton.fp4_matrix import Fp4Matrix, pack_fp4
 
 FORMATS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 _E2M1_RMS = 2.9  # of all its codes

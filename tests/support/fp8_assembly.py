@@ -1,4 +1,4 @@
-"""The inline assembly of `triton_fp8_linear` in numpy, instruction for instruction."""
+"""The inline assembly of `fp8_linear` in numpy, instruction for instruction."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from triton_assembly import register_assembly
 from triton_numbers import Array
 
-from nybble.kernels.triton_fp8_linear import UNPACK_TO_BFLOAT16, UNPACK_TO_FLOAT16
+from nybble.kernels.triton.fp8_linear import UNPACK_TO_BFLOAT16, UNPACK_TO_FLOAT16
 
 
 def register() -> None:

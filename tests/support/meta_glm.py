@@ -7,8 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nybble.kernels import activation_order
-from nybble.kernels.fp4_matrix import Fp4Matrix
 from nybble.kernels.ops import (
     AttentionBatch,
     AttentionShape,
@@ -20,7 +18,9 @@ from nybble.kernels.ops import (
     RotaryAngles,
     RouterWeights,
 )
-from nybble.kernels.triton_matmul import Matrix
+from nybble.kernels.triton import activation_order
+from nybble.kernels.triton.fp4_matrix import Fp4Matrix
+from nybble.kernels.triton.matmul import Matrix
 
 META = torch.device("meta")
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, ROTARY, EXPERTS, TOP_K, NEURONS = 5120, 96, 8, 128, 64, 160, 8, 1536

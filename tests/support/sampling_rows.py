@@ -11,7 +11,7 @@ from triton_device import ARCHES, DEVICE
 from nybble.kernels.ops import SamplingBatch
 from nybble.kernels.random_bits import draw_bits
 from nybble.kernels.reference_ops import ReferenceOps
-from nybble.kernels.triton_sampling import SamplingLaunch, sample, sampling_launch
+from nybble.kernels.triton.sampling import SamplingLaunch, sample, sampling_launch
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
