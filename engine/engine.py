@@ -27,8 +27,12 @@ class EngineLimits:
 
 
 class Runner(Protocol):
-    def run(self, plan: StepPlan) -> list[SampledToken]:
-        """Compute a plan's tokens; returns the next token of each sampling chunk, in order."""
+    def run(self, plan: StepPlan) -> AbstractSequence[tuple[SampledToken, ...]]:
+        """Compute a plan's tokens; for each sampling chunk, in order, returns its tokens.
+
+        Those are the drafts that are accepted, up to the first that is not, and then the next token, so 1 to
+        num_drafts + 1.
+        """
 
 
 class Engine:
@@ -63,12 +67,13 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """Run one step; returns one event for each sequence that got a token."""
+        """Run one step; returns one event for each token, those of a sequence in order."""
         plan = self._scheduler.schedule()
         if not plan.chunks:
             return []
-        sampled = self._runner.run(plan)
-        return self._postprocess(plan, sampled)
+        events = self._scheduler.update(plan, self._runner.run(plan))
+        self._active.difference_update(event.request_id for event in events if event.finish_reason)
+        return events
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
@@ -76,23 +81,6 @@ class Engine:
     def check(self) -> None:
         """Assert that no block is lost. For tests, and when idle."""
         self._scheduler.check()
-
-    def _postprocess(self, plan: StepPlan, sampled: AbstractSequence[SampledToken]) -> list[TokenEvent]:
-        sequences = self._scheduler.update(plan)
-        return [self._append(s, token) for s, token in zip(sequences, sampled, strict=True)]
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        finish_reason = sequence.append(token.token_id)
-        if finish_reason is not None:
-            self._scheduler.finish(sequence)
-            self._active.discard(sequence.request_id)
-        return TokenEvent(
-            request_id=sequence.request_id,
-            token_id=token.token_id,
-            logprobs=token.logprobs,
-            finish_reason=finish_reason,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
 
     def _check(self, request: Request) -> None:
         prompt = request.prompt_token_ids

@@ -3,18 +3,20 @@
 Continuous batching: each step gives every decoding sequence its one token, then spends the rest of
 the token budget on prompts, in order of arrival, in chunks. When blocks run out, the sequence that
 was admitted last is preempted: its blocks are released and it waits at the head of the queue, to be
-computed again (largely from the prefix cache). The scheduler sees integers only.
+computed again (largely from the prefix cache). A decoding sequence's drafts run along with its token
+while there are budget and blocks for them. The scheduler sees integers only.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as AbstractSequence
 
 from nybble.engine.block_pool import BlockPool, OutOfBlocksError
 from nybble.engine.engine_config import SchedulerConfig
-from nybble.engine.messages import EngineStats
+from nybble.engine.messages import EngineStats, TokenEvent
 from nybble.engine.sequence import Sequence
-from nybble.engine.step import Chunk, StepPlan
+from nybble.engine.step import Chunk, SampledToken, StepPlan
 
 
 class Scheduler:
@@ -62,18 +64,48 @@ class Scheduler:
         for sequence in self._running_decodes_first():
             if sequence in self.running:  # not preempted meanwhile
                 self._schedule_running(sequence, step)
+        for sequence in list(step.num_tokens):
+            self._schedule_drafts(sequence, step)
         if self.num_preemptions == num_preemptions:
             self._admit_waiting(step)
-        return StepPlan(tuple(_chunk(s, count) for s, count in step.num_tokens.items()))
+        return StepPlan(tuple(_chunk(s, n, step.num_drafts.get(s, 0)) for s, n in step.num_tokens.items()))
 
-    def update(self, plan: StepPlan) -> list[Sequence]:
-        """Record that a plan was run; returns the sequences whose next token it sampled, in order."""
+    def update(self, plan: StepPlan, sampled: AbstractSequence[tuple[SampledToken, ...]]) -> list[TokenEvent]:
+        """Append what a plan sampled, in its order; returns an event for each token.
+
+        sampled: for each sampling chunk the accepted drafts, then the next token. Those after one that ends
+        the sequence are dropped.
+        """
         by_id = {sequence.request_id: sequence for sequence in self.running}
+        tokens = {c.request_id: tokens for c, tokens in zip(plan.sampling_chunks, sampled, strict=True)}
+        events: list[TokenEvent] = []
         for chunk in plan.chunks:
-            sequence = by_id[chunk.request_id]
-            sequence.num_computed += len(chunk.token_ids)
-            self._register_full_blocks(sequence, chunk.start)
-        return [by_id[chunk.request_id] for chunk in plan.sampling_chunks]
+            events += self._advance(by_id[chunk.request_id], chunk, tokens.get(chunk.request_id, ()))
+        return events
+
+    def _advance(
+        self, sequence: Sequence, chunk: Chunk, tokens: tuple[SampledToken, ...]
+    ) -> list[TokenEvent]:
+        """Take a chunk's result: its keys and values stay valid up to the last accepted draft."""
+        if (chunk.sampling is not None) != (1 <= len(tokens) <= chunk.num_drafts + 1):
+            raise ValueError(f"{len(tokens)} tokens for {chunk.num_drafts} drafts of {chunk.request_id}")
+        events = [self._append(sequence, token) for token in tokens if not sequence.is_finished]
+        num_accepted = min(len(events), max(len(tokens) - 1, 0))
+        sequence.num_computed = chunk.start + len(chunk.token_ids) - chunk.num_drafts + num_accepted
+        sequence.drafts = ()
+        self._register_full_blocks(sequence, chunk.start)
+        if sequence.is_finished:
+            self.finish(sequence)
+        return events
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        return TokenEvent(
+            request_id=sequence.request_id,
+            token_id=token.token_id,
+            logprobs=token.logprobs,
+            finish_reason=sequence.append(token.token_id),
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -103,6 +135,13 @@ class Scheduler:
             if victim is sequence:
                 return
         step.add(sequence, count)
+
+    def _schedule_drafts(self, sequence: Sequence, step: _Step) -> None:
+        """Let a planned sequence's drafts run if nobody has to give way for them."""
+        drafts = sequence.useful_drafts[: step.budget]
+        num_tokens = sequence.num_computed + step.num_tokens[sequence] + len(drafts)
+        if drafts and self._grow(sequence, num_tokens):
+            step.add_drafts(sequence, len(drafts))
 
     def _admit_waiting(self, step: _Step) -> None:
         while self.waiting and step.budget and len(self.running) < self._config.max_num_seqs:
@@ -149,6 +188,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.finish(sequence)
         sequence.num_computed = 0
+        sequence.drafts = ()
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -175,22 +215,28 @@ class _Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.num_tokens: dict[Sequence, int] = {}
+        self.num_drafts: dict[Sequence, int] = {}  # beyond those
 
     def add(self, sequence: Sequence, count: int) -> None:
         if count:
             self.num_tokens[sequence] = count
             self.budget -= count
 
+    def add_drafts(self, sequence: Sequence, count: int) -> None:
+        self.num_drafts[sequence] = count
+        self.budget -= count
+
     def remove(self, sequence: Sequence) -> None:
         self.budget += self.num_tokens.pop(sequence, 0)
 
 
-def _chunk(sequence: Sequence, count: int) -> Chunk:
+def _chunk(sequence: Sequence, count: int, num_drafts: int) -> Chunk:
     start = sequence.num_computed
     return Chunk(
         request_id=sequence.request_id,
-        token_ids=sequence.token_ids[start : start + count],
+        token_ids=sequence.token_ids[start : start + count] + list(sequence.drafts[:num_drafts]),
         start=start,
         blocks=sequence.blocks,
         sampling=sequence.sampling if count == sequence.num_uncomputed else None,
+        num_drafts=num_drafts,
     )

@@ -10,7 +10,8 @@ class Sequence:
     """Tokens of a request, and how far their keys and values are computed.
 
     Between steps, tokens [0, num_computed) lie in `blocks`; those from num_computed on are still to be
-    run. While decoding that is one token: the last one sampled.
+    run. While decoding that is one token: the last one sampled. `drafts` are guesses of the tokens to come,
+    set between steps and run with that one token; they are not among `token_ids`.
     """
 
     def __init__(self, request: Request, sampling: SamplingParams, block_size: int) -> None:
@@ -21,6 +22,8 @@ class Sequence:
         self.num_computed = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
         self.was_admitted = False
+        self.finish_reason: FinishReason | None = None
+        self.drafts: tuple[int, ...] = ()
         self.blocks: list[int] = []
         self._block_size = block_size
         self._block_hashes: list[bytes] = []
@@ -34,8 +37,19 @@ class Sequence:
         return self.num_uncomputed == 1 and len(self.token_ids) > self.num_prompt_tokens
 
     @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def useful_drafts(self) -> tuple[int, ...]:
+        """The drafts that can be accepted while leaving a token to sample."""
+        if not self.is_decoding:
+            return ()
+        return self.drafts[: self.sampling.max_tokens - self.num_output_tokens - 1]
 
     def block_hashes(self, count: int) -> list[bytes]:
         """Chained hashes of the first `count` blocks, each of which must be full of tokens."""
@@ -50,7 +64,7 @@ class Sequence:
         """Add a sampled token; returns why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
         if token_id in self.sampling.stop_token_ids:
-            return "stop"
-        if self.num_output_tokens >= self.sampling.max_tokens:
-            return "length"
-        return None
+            self.finish_reason = "stop"
+        elif self.num_output_tokens >= self.sampling.max_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason

@@ -18,7 +18,9 @@ class Chunk:
     """Consecutive tokens of one sequence to run in this step.
 
     start: position of the first token; blocks: the sequence's cache blocks, in order;
-    sampling: how to choose the token that follows, or None while more of the prompt is to come.
+    sampling: how to choose the token that follows, or None while more of the prompt is to come;
+    num_drafts: how many of the last tokens are guesses of what will be sampled, to be verified. Only
+    a chunk that samples has any.
     """
 
     request_id: str
@@ -26,6 +28,7 @@ class Chunk:
     start: int
     blocks: Sequence[int]
     sampling: SamplingParams | None
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,10 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class StepInput:
-    """token_ids, positions: int64 [T]; logit_rows: int64 [S'], the tokens whose logits are needed."""
+    """token_ids, positions: int64 [T]; logit_rows: int64 [S'], the tokens whose logits are needed.
+
+    Of each chunk that samples, in order, those are the last one that is no draft, and the drafts.
+    """
 
     token_ids: Tensor
     positions: Tensor
@@ -77,7 +83,7 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
     tables = _block_tables(plan)
     rows = np.repeat(np.arange(len(lengths)), lengths)  # sequence of each token
     slots = tables[rows, positions // block_size] * block_size + positions % block_size
-    samples = np.array([chunk.sampling is not None for chunk in plan.chunks])
+    num_rows = np.array([0 if chunk.sampling is None else 1 + chunk.num_drafts for chunk in plan.chunks])
 
     def tensor(values: np.ndarray, dtype: type) -> Tensor:
         return torch.from_numpy(values.astype(dtype))
@@ -92,7 +98,7 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
             slots=tensor(slots, np.int64),
             query_lengths=tuple(lengths.tolist()),
         ),
-        logit_rows=tensor((ends - 1)[samples], np.int64),
+        logit_rows=tensor(_last_of_each(ends, num_rows), np.int64),
     )
 
 
@@ -128,6 +134,12 @@ def unpack(numbers: Tensor) -> StepInput:
         query_lengths=tuple(starts.diff().tolist()),
     )
     return StepInput(token_ids, positions, attention, rows)
+
+
+def _last_of_each(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The last `counts[i]` numbers below each `ends[i]`, in order."""
+    first = np.repeat(ends - counts.cumsum(), counts)
+    return first + np.arange(len(first))
 
 
 def _block_tables(plan: StepPlan) -> np.ndarray:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.messages import Request, SamplingParams, TokenEvent
 from nybble.engine.scheduler import Scheduler
+from nybble.engine.step import SampledToken
 
 BLOCK_SIZE = 4
 
@@ -28,6 +30,7 @@ class Harness:
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
+    finish_reasons: dict[str, str] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -38,8 +41,14 @@ class Harness:
         limits = EngineLimits(self.num_blocks * BLOCK_SIZE, VOCABULARY, BLOCK_SIZE)
         self.engine = Engine(self.runner, self.scheduler, limits)
 
-    def add(self, request_id: str, prompt: tuple[int, ...], max_tokens: int = 4) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens)
+    def add(
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_tokens: int = 4,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
         self.engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
         self.prompts[request_id], self.tokens[request_id] = prompt, []
 
@@ -80,6 +89,7 @@ class Harness:
         self.num_cached[event.request_id] = event.num_cached_tokens
         if event.finish_reason is not None:
             self.finished.append(event.request_id)
+            self.finish_reasons[event.request_id] = event.finish_reason
 
 
 def _prompt(length: int, first: int = 0) -> tuple[int, ...]:
@@ -405,6 +415,129 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
         assert harness.step() == {name: 13}
         harness.drain()
     assert harness.num_cached == {"first": 0, "second": 0}
+
+
+# Drafts.
+
+
+def _decoding_with(drafts: tuple[int, ...], **options: Any) -> Harness:
+    """x has 7 tokens, the last of them sampled and yet to be run."""
+    harness = Harness(**options)
+    harness.add("x", _prompt(6, 1), max_tokens=10)
+    harness.step()
+    harness.scheduler.running[0].drafts = drafts
+    return harness
+
+
+def _future(count: int) -> tuple[int, ...]:
+    """What comes after the 7 tokens."""
+    harness = Harness()
+    harness.add("x", _prompt(6, 1), max_tokens=count + 1)
+    harness.drain()
+    return tuple(harness.tokens["x"][1:])
+
+
+def _wrong(token_id: int) -> int:
+    return (token_id + 1) % VOCABULARY
+
+
+@pytest.mark.parametrize("num_right", range(5))
+@pytest.mark.parametrize("num_wrong", range(3))
+def test_accepted_drafts_are_appended_with_the_next_token(num_right: int, num_wrong: int) -> None:
+    future = _future(9)
+    drafts = (*future[:num_right], *map(_wrong, future[num_right:][:num_wrong]))
+    harness = _decoding_with(drafts)
+    assert harness.step() == {"x": 1 + len(drafts)}
+    (sequence,) = harness.scheduler.running
+    assert harness.tokens["x"][1:] == list(future[: num_right + 1])
+    assert (sequence.num_computed, sequence.num_uncomputed, sequence.drafts) == (7 + num_right, 1, ())
+    (chunk,) = harness.runner.plans[-1].chunks
+    assert (chunk.start, chunk.num_drafts, tuple(chunk.token_ids[1:])) == (6, len(drafts), drafts)
+    harness.drain()
+    harness.assert_right_tokens("x", 10)
+
+
+def test_only_accepted_tokens_enter_the_prefix_cache() -> None:
+    future = _future(9)
+    harness = _decoding_with((*future[:2], *map(_wrong, future[2:6])))
+    harness.step()  # 13 slots are written, 9 of them for good
+    harness.engine.abort("x")
+    context = (*_prompt(6, 1), *harness.tokens["x"])
+    harness.add("accepted", (*context[:9], 0))
+    harness.add("drafted", (*context[:9], *map(_wrong, future[2:6])))
+    harness.drain()
+    assert harness.num_cached["accepted"] == harness.num_cached["drafted"] == 8
+    harness.assert_right_tokens("drafted", 4)
+
+
+def test_a_stop_token_among_the_drafts_ends_there() -> None:
+    future = _future(9)
+    stop = future[2]
+    end = future.index(stop)
+    harness = Harness()
+    harness.add("x", _prompt(6, 1), max_tokens=10, stop_token_ids=(stop,))
+    harness.step()
+    assert not harness.finished
+    harness.scheduler.running[0].drafts = future[:6]
+    assert harness.step() == {"x": 7}
+    assert harness.tokens["x"][1:] == list(future[: end + 1])
+    assert harness.finish_reasons["x"] == "stop"
+    assert not harness.engine.has_work
+
+
+def test_drafts_do_not_exceed_max_tokens() -> None:
+    harness = _decoding_with(_future(15))
+    assert harness.step() == {"x": 9}  # after the first of 10 tokens, 8 can be accepted and one follows
+    assert harness.finish_reasons["x"] == "length"
+    harness.assert_right_tokens("x", 10)
+
+
+def test_drafts_take_what_decodes_leave_of_the_budget() -> None:
+    harness = _decoding_with((), budget=9)
+    harness.add("y", _prompt(5, 2), max_tokens=20)
+    harness.step()
+    for sequence in harness.scheduler.running:
+        sequence.drafts = (1, 2, 3, 4, 5)
+    assert harness.step() == {"x": 6, "y": 3}
+
+
+def test_nobody_gives_way_for_drafts() -> None:
+    harness = _decoding_with((), num_blocks=4)
+    harness.add("y", _prompt(7, 2), max_tokens=2)
+    harness.step()  # all four blocks are taken
+    assert harness.engine.stats().num_free_blocks == 0
+    for sequence in harness.scheduler.running:
+        sequence.drafts = (1, 1, 1)
+    assert harness.step() == {"x": 1, "y": 1}
+    assert harness.engine.stats().num_preemptions == 0
+
+
+def test_preemption_forgets_drafts() -> None:
+    harness = Harness(num_blocks=4, enable_prefix_caching=False)
+    for name in "ab":
+        harness.add(name, _prompt(8, ord(name)), max_tokens=6)
+    harness.step()
+    for sequence in harness.scheduler.running:
+        sequence.drafts = (1, 2)
+    assert list(harness.step()) == ["a"]
+    (waiting,) = harness.scheduler.waiting
+    assert (waiting.request_id, waiting.drafts) == ("b", ())
+    harness.drain()
+    harness.assert_right_tokens("b", 6)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_runner_that_answers_too_few_or_too_many_is_an_error(count: int) -> None:
+    harness = _decoding_with((1,))
+    plan = harness.scheduler.schedule()
+    with pytest.raises(ValueError, match=f"{count} tokens for 1 drafts of x"):
+        harness.scheduler.update(plan, [(SampledToken(1, None),) * count])
+
+
+def test_a_runner_that_forgets_a_sequence_is_an_error() -> None:
+    harness = _decoding_with(())
+    with pytest.raises(ValueError, match="shorter"):
+        harness.scheduler.update(harness.scheduler.schedule(), [])
 
 
 # Statistics and checks.

@@ -73,3 +73,22 @@ def test_block_hashes_are_the_chain_whenever_they_are_asked_for() -> None:
     sequence.append(9)
     assert sequence.block_hashes(3) == [first, second, third]
     assert sequence.block_hashes(1) == [first]
+
+
+def test_drafts_that_would_leave_nothing_to_sample_are_useless() -> None:
+    sequence = _sequence(max_tokens=4)
+    sequence.drafts = (1, 2, 3, 4, 5)
+    assert sequence.useful_drafts == ()  # a prompt is not decoding
+    sequence.num_computed = 5
+    for num_useful in (2, 1, 0):
+        sequence.append(9)
+        assert sequence.useful_drafts == (1, 2, 3, 4, 5)[:num_useful]
+        sequence.num_computed += 1
+
+
+def test_a_sequence_is_finished_once_it_has_a_reason() -> None:
+    sequence = _sequence(max_tokens=2)
+    sequence.append(8)
+    assert not sequence.is_finished
+    sequence.append(9)
+    assert sequence.is_finished

@@ -37,6 +37,16 @@ def test_a_plan_written_out() -> None:
     assert step.logit_rows.tolist() == [4, 5]
 
 
+def test_logits_of_drafts_and_of_the_token_before_them_are_wanted() -> None:
+    step = _build(
+        Chunk("a", [11, 12, 13], 4, [7, 2], SAMPLING, num_drafts=2),
+        _chunk([21, 22], 0, [3], None),
+        Chunk("b", [31, 32, 33], 0, [1], SAMPLING, num_drafts=0),
+        Chunk("c", [41, 42, 43, 44], 0, [5], SAMPLING, num_drafts=1),
+    )
+    assert step.logit_rows.tolist() == [0, 1, 2, 7, 10, 11]
+
+
 def test_a_plan_that_samples_nothing() -> None:
     step = _build(_chunk([1, 2], 0, [0], None))
     assert step.logit_rows.tolist() == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nybble.engine.step import Chunk, SampledToken, StepPlan
 
@@ -24,15 +24,23 @@ class PagedRunner:
         self._block_size = block_size
         self._memory: dict[int, tuple[int, bytes]] = {}  # slot -> position, state
 
-    def run(self, plan: StepPlan) -> list[SampledToken]:
+    def run(self, plan: StepPlan) -> list[tuple[SampledToken, ...]]:
         self.plans.append(plan)
         slots = [self._slot(chunk, position) for chunk in plan.chunks for position in _span(chunk)]
         if len(set(slots)) != len(slots):
             raise AssertionError("two tokens of a step are written to one slot")
         for chunk in plan.chunks:
             self._write(chunk)
-        sampled = (self._read(chunk, len(_span(chunk)) + chunk.start) for chunk in plan.sampling_chunks)
-        return [SampledToken(_successor(states), None) for states in sampled]
+        return [tuple(self._sample(chunk)) for chunk in plan.sampling_chunks]
+
+    def _sample(self, chunk: Chunk) -> Iterator[SampledToken]:
+        """Tokens as long as the drafts are what comes, and the next one."""
+        end = chunk.start + len(chunk.token_ids)
+        for position in range(end - chunk.num_drafts, end + 1):
+            token_id = _successor(self._read(chunk, position))
+            yield SampledToken(token_id, None)
+            if position < end and chunk.token_ids[position - chunk.start] != token_id:
+                return
 
     def _write(self, chunk: Chunk) -> None:
         state = self._read(chunk, chunk.start)[-1] if chunk.start else b""
