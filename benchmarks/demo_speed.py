@@ -24,11 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import processor_name
 
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.loading import load_engine, prepare
+from nybble.engine.machine import processor_name
 from nybble.engine.messages import Request, SamplingParams
 from nybble.engine.tokenizer import Tokenizer
 

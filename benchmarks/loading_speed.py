@@ -29,11 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from machine import processor_name
 from safetensors import safe_open
 from torch import Tensor
 
 from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.machine import processor_name
 from nybble.engine.verify_checkpoint import check_structure
 from nybble.engine.weights import Stored, load_weights
 

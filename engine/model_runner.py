@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Generic
+from typing import Generic, Protocol
 
 import torch
+from torch import Tensor
 
 from nybble.engine.rank_group import RankGroup
 from nybble.engine.sampler import Sampler
-from nybble.engine.step import SampledToken, StepPlan, build_step_input, pack
-from nybble.engine.worker import Worker
+from nybble.engine.step import SampledToken, StepInput, StepPlan, build_step_input, pack
 from nybble.kernels.ops import W
+
+
+class StepWorker(Protocol):
+    """What `Worker` is to rank 0."""
+
+    def execute(self, step: StepInput) -> Tensor | None:
+        """Logits float32 [S', V] of the step's `logit_rows`, if any."""
 
 
 class ModelRunner(Generic[W]):
     """Rank 0's."""
 
-    def __init__(self, worker: Worker[W], sampler: Sampler[W], group: RankGroup, block_size: int) -> None:
+    def __init__(self, worker: StepWorker, sampler: Sampler[W], group: RankGroup, block_size: int) -> None:
         self._worker = worker
         self._sampler = sampler
         self._group = group

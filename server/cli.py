@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import NybbleError
 from nybble.engine.launch import end_with_parent
 from nybble.engine.launched_rank import LaunchedRank, is_launched
@@ -111,6 +112,25 @@ def _add_bench(commands: Any) -> None:
     ops = benchmarks.add_parser("ops", help="kernels at GLM-4.7's shapes", prefix_chars="+", add_help=False)
     ops.add_argument("arguments", nargs="*")
     ops.set_defaults(run=_bench_ops)
+    _add_bench_engine(benchmarks)
+
+
+def _add_bench_engine(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser("engine", help="throughput and latency of the engine, without a server")
+    parser.add_argument(
+        "--model", required=True, help="checkpoint directory, or null: a model that costs nothing"
+    )
+    for name, default in (("batch-sizes", (1, 8, 32)), ("prompt-lengths", (128,)), ("output-lengths", (64,))):
+        what = "requests at once" if name == "batch-sizes" else "of each; all combinations are measured"
+        parser.add_argument(
+            f"--{name}", type=int, nargs="+", default=default, metavar="N", help=f"{what} {default}"
+        )
+    parser.add_argument("--queued", type=int, default=0, metavar="N", help="requests that wait meanwhile (0)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each case (3)")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before those (1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and engine.png there")
+    add_options(parser, EngineConfig, skip=frozenset({"checkpoint", "max_num_seqs"}))
+    parser.set_defaults(run=_bench_engine)
 
 
 def _add_demo(commands: Any) -> None:
@@ -195,6 +215,22 @@ def _bench_ops(options: argparse.Namespace) -> None:
     from nybble.server.bench_ops import bench_ops
 
     sys.exit(bench_ops(options.arguments))
+
+
+def _bench_engine(options: argparse.Namespace) -> None:
+    from nybble.server.bench_engine import BenchEngineOptions, bench_engine
+
+    config = from_options(EngineConfig, vars(options) | {"checkpoint": options.model})
+    bench_options = BenchEngineOptions(
+        batch_sizes=options.batch_sizes,
+        prompt_lengths=options.prompt_lengths,
+        output_lengths=options.output_lengths,
+        num_queued=options.queued,
+        num_repeats=options.repeat,
+        num_warmups=options.warmup,
+        out=options.out,
+    )
+    sys.exit(bench_engine(config, bench_options, sys.stdout))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,0 +1,64 @@
+"""A model that costs nothing, so that what an engine takes over it is the host's own work.
+
+Scheduler, block pool, step building, sampling bookkeeping and events are those of any engine; only the
+forward pass and the draw are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.engine.block_pool import BlockPool
+from nybble.engine.engine import Engine, EngineLimits
+from nybble.engine.engine_config import EngineConfig
+from nybble.engine.model_runner import ModelRunner
+from nybble.engine.placement import Placement
+from nybble.engine.rank_group import RankGroup
+from nybble.engine.sampler import Sampler
+from nybble.engine.scheduler import Scheduler
+from nybble.engine.step import StepInput
+from nybble.kernels.ops import SamplingBatch
+from nybble.kernels.reference_ops import ReferenceOps
+
+NULL_MODEL = "null"
+VOCAB_SIZE = 151_552  # GLM-4.7's
+MAX_MODEL_LEN = 202_752
+
+
+class NullWorker:
+    """Takes the place of `Worker`. Its logits are one row seen as many."""
+
+    def __init__(self) -> None:
+        self._row = torch.zeros(1, VOCAB_SIZE)
+
+    def execute(self, step: StepInput) -> Tensor | None:
+        """float32 zeros [S', V], or None where nothing is sampled."""
+        num_rows = len(step.logit_rows)
+        return self._row.expand(num_rows, -1) if num_rows else None
+
+
+class NullOps(ReferenceOps):
+    """Picks token 0, without a look at the logits."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        super().__init__(torch.float32)
+        self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        return self._token_ids[: len(logits)]
+
+
+def null_engine(config: EngineConfig, num_blocks: int) -> Engine:
+    """An engine of one rank over the null model, with `num_blocks` blocks of cache that hold nothing."""
+    block_size = config.cache.block_size
+    limits = EngineLimits(
+        max_model_len=config.max_model_len or MAX_MODEL_LEN, num_token_ids=VOCAB_SIZE, block_size=block_size
+    )
+    sampler = Sampler(NullOps(config.scheduler.max_num_seqs), VOCAB_SIZE)
+    group = RankGroup(Placement())
+    runner = ModelRunner(NullWorker(), sampler, group, block_size)
+    scheduler = Scheduler(
+        config.scheduler, BlockPool(num_blocks), block_size, config.cache.enable_prefix_caching
+    )
+    return Engine(runner, scheduler, limits)
