@@ -103,8 +103,8 @@ class _Run:
     @property
     def decode_steps(self) -> np.ndarray:
         is_full = (self.counts == len(self.tokens)) & (self.ends > self.prefill_time)
-        durations: np.ndarray = np.diff(self.ends, prepend=0.0)
-        return durations[is_full]
+        durations = np.diff(self.ends, prepend=0.0)
+        return np.asarray(durations[is_full])
 
 
 def measure(
