@@ -43,7 +43,7 @@ class Abort(Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
-class TokenLogprobs(Struct, frozen=True, kw_only=True):
+class TokenLogprobs(Struct, frozen=True, kw_only=True, gc=False):
     """Natural logarithms of probabilities before temperature and truncation.
 
     `top` lists (token id, logprob), likeliest first.
@@ -53,7 +53,7 @@ class TokenLogprobs(Struct, frozen=True, kw_only=True):
     top: tuple[tuple[int, float], ...]
 
 
-class TokenEvent(Struct, frozen=True, kw_only=True, tag=True):
+class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False):
     """One more token of a request; its last one carries the finish reason."""
 
     request_id: str

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.kernels.ops import AttentionBatch
 
+# Structs, since a step makes hundreds of them: a frozen dataclass took 1.5 us to make, twenty times as long.
 
-@dataclass(frozen=True)
-class Chunk:
+
+class Chunk(Struct, frozen=True, gc=False):
     """Consecutive tokens of one sequence to run in this step.
 
     start: position of the first token; blocks: the sequence's cache blocks, in order;
@@ -44,8 +47,7 @@ class StepPlan:
         return tuple(chunk for chunk in self.chunks if chunk.sampling is not None)
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(Struct, frozen=True, gc=False):
     token_id: int
     logprobs: TokenLogprobs | None
 
@@ -76,27 +78,32 @@ class StepInput:
 
 def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
     """Flatten a plan, on the host: the chunks one after the other, in its order."""
-    lengths = np.array([len(chunk.token_ids) for chunk in plan.chunks])
+    query_lengths = tuple([len(chunk.token_ids) for chunk in plan.chunks])
+    lengths = np.array(query_lengths)
+    starts = np.array([chunk.start for chunk in plan.chunks])
     ends = lengths.cumsum()
-    spans = [(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in plan.chunks]
-    positions = np.concatenate([np.arange(*span) for span in spans])
+    num_tokens = int(ends[-1])
+    # A token's position is its place in the step, moved by its chunk.
+    positions = np.arange(num_tokens) + np.repeat(starts - ends + lengths, lengths)
     tables = _block_tables(plan)
     rows = np.repeat(np.arange(len(lengths)), lengths)  # sequence of each token
-    slots = tables[rows, positions // block_size] * block_size + positions % block_size
+    blocks, offsets = np.divmod(positions, block_size)
+    slots = tables[rows, blocks] * block_size + offsets
     num_rows = np.array([0 if chunk.sampling is None else 1 + chunk.num_drafts for chunk in plan.chunks])
+    token_ids = np.fromiter(chain.from_iterable([c.token_ids for c in plan.chunks]), np.int64, num_tokens)
 
     def tensor(values: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(values.astype(dtype))
+        return torch.from_numpy(values.astype(dtype, copy=False))
 
     return StepInput(
-        token_ids=tensor(np.concatenate([chunk.token_ids for chunk in plan.chunks]), np.int64),
+        token_ids=torch.from_numpy(token_ids),
         positions=tensor(positions, np.int64),
         attention=AttentionBatch(
             query_starts=tensor(np.concatenate(([0], ends)), np.int32),
-            context_lengths=tensor(np.array([end for _, end in spans]), np.int32),
+            context_lengths=tensor(starts + lengths, np.int32),
             block_tables=tensor(tables, np.int32),
             slots=tensor(slots, np.int64),
-            query_lengths=tuple(lengths.tolist()),
+            query_lengths=query_lengths,
         ),
         logit_rows=tensor(_last_of_each(ends, num_rows), np.int64),
     )
