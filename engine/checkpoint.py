@@ -25,6 +25,7 @@ from nybble.engine.shard_reader import Extent, ShardReader
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_COMPARED_BYTES = 1 << 26  # of each of two tensors, at a time
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -110,6 +111,22 @@ class Checkpoint:
         """Room for a tensor, or a span of it."""
         entry = self.entries[name]
         return torch.empty(_shape(entry, span), dtype=entry.torch_dtype)
+
+    def is_copy(self, name: str, other: str, span: Span | None = None) -> bool:
+        """Whether tensors `name` and `other`, [rows, columns], or spans of their rows, hold the same bytes.
+
+        Reads both, some rows at a time. Raises CheckpointError if a file cannot be read.
+        """
+        entry, original = self.entries[name], self.entries[other]
+        if (entry.dtype, entry.shape) != (original.dtype, original.shape):
+            return False
+        rows = Span(0, 0, entry.shape[0]) if span is None else span
+        step = max(1, _COMPARED_BYTES * entry.shape[0] // max(entry.num_bytes, 1))
+        pieces = (Span(0, at, min(at + step, rows.stop)) for at in range(rows.start, rows.stop, step))
+        return all(
+            torch.equal(self.read(name, piece).view(torch.uint8), self.read(other, piece).view(torch.uint8))
+            for piece in pieces
+        )
 
     def read_into(self, wanted: Iterable[tuple[str, Span | None, Tensor]]) -> None:
         """Load tensors, or spans of them, to where they are wanted: contiguous, of their shape and dtype.

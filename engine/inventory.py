@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from nybble.engine.checkpoint import TensorEntry
 from nybble.engine.errors import CheckpointError, ConfigError
 from nybble.engine.layouts import find_layout
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, Shard, expected_parameters
+from nybble.engine.parameters import Parameter, Shard, all_parameters
 from nybble.engine.weight_dtypes import WeightDtype, WeightDtypes
 from nybble.kernels.quantized_tensor import NVFP4
 
@@ -195,7 +195,7 @@ def assume_inventory(config: ModelConfig, fields: Mapping[str, Any]) -> Inventor
 def _modules(config: ModelConfig) -> dict[str, Group]:
     """Each module of the model by name, with its parameters counted."""
     groups: dict[str, Group] = {}
-    for parameter in _all_parameters(config):
+    for parameter in all_parameters(config):
         module = parameter.name.rpartition(".")[0]
         group = groups.get(module) or _group_of(parameter, module, config)
         count = group.num_parameters + math.prod(parameter.shape)
@@ -211,19 +211,6 @@ def _group_of(parameter: Parameter, module: str, config: ModelConfig) -> Group:
     is_draft = layer is not None and layer >= config.num_hidden_layers
     num_columns = parameter.shape[1] if shard and shard.axis == 1 else 0
     return Group(layer, is_draft, part, shard, num_columns)
-
-
-def _all_parameters(config: ModelConfig) -> Iterator[Parameter]:
-    """With the draft layers: a decoder layer each, preceded by a projection and followed by a head."""
-    first, hidden = config.num_hidden_layers, config.hidden_size
-    last, by_id = first + config.num_nextn_predict_layers, Shard(0, config.vocab_size)
-    yield from expected_parameters(replace(config, num_hidden_layers=last))
-    for layer in range(first, last):
-        for name in ("enorm", "hnorm", "shared_head.norm"):
-            yield Parameter(f"model.layers.{layer}.{name}.weight", (hidden,))
-        yield Parameter(f"model.layers.{layer}.eh_proj.weight", (hidden, 2 * hidden))
-        for name in ("embed_tokens", "shared_head.head"):
-            yield Parameter(f"model.layers.{layer}.{name}.weight", (config.vocab_size, hidden), shard=by_id)
 
 
 def find_part(module: str) -> str | None:

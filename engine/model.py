@@ -6,17 +6,18 @@ out as partial sums, which are added up in three places: after the embedding, at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic
 
 import torch
 from torch import Tensor
 
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.weights import ModelWeights
+from nybble.engine.weights import HeadWeights, LayerWeights, ModelWeights
 from nybble.kernels.ops import (
     AttentionBatch,
     DenseWeights,
+    Embedding,
     KVCacheLayer,
     MoeWeights,
     Ops,
@@ -54,7 +55,11 @@ class Glm4Moe(Generic[W]):
         """Hidden states [T, H] of token_ids int64 [T]. On the first stage only."""
         if self._weights.embedding is None:
             raise ValueError("this pipeline stage does not hold the embedding")
-        return self._all_reduce(self._ops.embed(token_ids, self._weights.embedding))
+        return self.embed_with(token_ids, self._weights.embedding)
+
+    def embed_with(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
+        """[T, H]: the rows of token_ids int64 [T] in any embedding that is divided like the model's."""
+        return self._all_reduce(self._ops.embed(token_ids, embedding))
 
     def forward(
         self,
@@ -67,10 +72,21 @@ class Glm4Moe(Generic[W]):
 
         Writes every token's keys and values to `kv_cache`, one entry a layer.
         """
+        layers = zip(self._weights.layers, kv_cache, strict=True)
+        return self.run_layers(hidden, positions, layers, batch)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        layers: Iterable[tuple[LayerWeights[W], KVCacheLayer]],
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """As `forward`, through any layers, each with its cache."""
         ops = self._ops
         angles = self._rotary_angles(positions, hidden.dtype)
         update: Tensor | None = None
-        for layer, cache in zip(self._weights.layers, kv_cache, strict=True):
+        for layer, cache in layers:
             hidden, query = ops.attention_input(hidden, update, layer.attention, angles, cache, batch.slots)
             attended = ops.paged_attention(query, cache, batch)
             update = self._all_reduce(ops.attention_output(attended, layer.attention))
@@ -78,13 +94,20 @@ class Glm4Moe(Generic[W]):
             update = self._all_reduce(update)
         return hidden if update is None else hidden + update
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm of hidden [T, H]. On the last stage only."""
+        return self._ops.rms_norm(hidden, self._head().norm)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [S, V] of hidden [S, H], of this rank's share V of the vocabulary. On the last stage
         only."""
-        head = self._weights.head
-        if head is None:
-            raise ValueError("this pipeline stage does not hold the head")
+        head = self._head()
         return self._ops.logits(hidden, head.norm, head.matrix)
+
+    def _head(self) -> HeadWeights[W]:
+        if self._weights.head is None:
+            raise ValueError("this pipeline stage does not hold the head")
+        return self._weights.head
 
     def _feed_forward(
         self, hidden: Tensor, update: Tensor, weights: DenseWeights[W] | MoeWeights[W]

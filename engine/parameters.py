@@ -1,6 +1,6 @@
 """Which tensors a GLM checkpoint must hold, and how ranks divide each.
 
-Layers from num_hidden_layers on are draft (MTP) layers: recognised and set aside.
+Layers from num_hidden_layers on are draft (MTP) layers: recognised, and checked only where they are used.
 """
 
 from __future__ import annotations
@@ -60,6 +60,30 @@ def expected_parameters(config: ModelConfig) -> Iterator[Parameter]:
         yield Parameter("lm_head.weight", vocabulary, is_linear=True, shard=by_id)
 
 
+def draft_parameters(config: ModelConfig) -> Iterator[Parameter]:
+    """Every parameter of the draft (MTP) layers: of each a decoder layer, what precedes it and what follows.
+
+    Embedding and head are copies of the main model's, which a checkpoint may leave out.
+    """
+    first, hidden = config.num_hidden_layers, config.hidden_size
+    by_id = Shard(0, config.vocab_size)
+    for layer in range(first, first + config.num_nextn_predict_layers):
+        prefix = f"model.layers.{layer}"
+        yield from _layer(config, layer)
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            yield Parameter(f"{prefix}.{name}.weight", (hidden,))
+        yield Parameter(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), is_linear=True)
+        yield Parameter(f"{prefix}.embed_tokens.weight", (config.vocab_size, hidden), shard=by_id)
+        shape = (config.vocab_size, hidden)
+        yield Parameter(f"{prefix}.shared_head.head.weight", shape, is_linear=True, shard=by_id)
+
+
+def all_parameters(config: ModelConfig) -> Iterator[Parameter]:
+    """Those of the main model, then those of the draft layers."""
+    yield from expected_parameters(config)
+    yield from draft_parameters(config)
+
+
 def check_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
     """Compare a checkpoint's tensors with what `config` calls for, reading no data.
 
@@ -67,16 +91,27 @@ def check_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> No
         CheckpointError: tensors are missing, left over, of a wrong dtype or of a wrong shape.
     """
     parameters = list(expected_parameters(config))
-    missing = [p.name for p in parameters if not p.is_stored_in(entries)]
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}")
-    used: set[str] = set()
-    for parameter in parameters:
-        used.update(_check_parameter(parameter, entries))
+    used = _check_parameters(parameters, entries)
     left_over = sorted(name for name in entries.keys() - used if not is_draft(name, config))
     if left_over:
         raise CheckpointError(
             f"{entries[left_over[0]].file.name}: the model has no place for {_some(left_over)}"
+        )
+
+
+def check_draft_tensors(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
+    """Compare the draft layers' tensors with what `config` calls for, reading no data.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, of a wrong dtype or of a wrong shape.
+    """
+    is_needed = re.compile(r"(?!.*\.(embed_tokens|shared_head\.head)\.)").match
+    parameters = [p for p in draft_parameters(config) if is_needed(p.name) or p.is_stored_in(entries)]
+    used = _check_parameters(parameters, entries)
+    left_over = sorted(name for name in entries.keys() - used if is_draft(name, config))
+    if left_over:
+        raise CheckpointError(
+            f"{entries[left_over[0]].file.name}: the draft layer has no place for {_some(left_over)}"
         )
 
 
@@ -133,6 +168,17 @@ def _mlp(prefix: str, hidden: int, width: int, is_expert: bool = False) -> Itera
         yield Parameter(
             f"{prefix}.{name}.weight", shape, is_linear=True, shard=Shard(axis, width), is_expert=is_expert
         )
+
+
+def _check_parameters(parameters: list[Parameter], entries: Mapping[str, TensorEntry]) -> set[str]:
+    """Check that all are there and well-formed; returns the names of the tensors that store them."""
+    missing = [p.name for p in parameters if not p.is_stored_in(entries)]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}")
+    used: set[str] = set()
+    for parameter in parameters:
+        used.update(_check_parameter(parameter, entries))
+    return used
 
 
 def _check_parameter(parameter: Parameter, entries: Mapping[str, TensorEntry]) -> Iterator[str]:

@@ -9,7 +9,7 @@ of a layer's experts), for a backend that keeps another form, and float32 copies
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from nybble.engine.checkpoint import Checkpoint, Span
 from nybble.engine.matrix_reader import Part, is_uniform, read_matrix, read_stack
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import check_tensors, expected_parameters
+from nybble.engine.parameters import all_parameters, check_draft_tensors, check_tensors
 from nybble.engine.placement import Placement
 from nybble.engine.weight_dtypes import WeightDtype, WeightDtypes, recast
 from nybble.kernels import quantized_tensor
@@ -38,6 +38,8 @@ from nybble.kernels.quantized_tensor import QuantizedTensor
 
 Stored = Tensor | QuantizedTensor
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class LayerWeights(Generic[W]):
@@ -54,12 +56,27 @@ class HeadWeights(Generic[W]):
 
 
 @dataclass(frozen=True)
+class DraftWeights(Generic[W]):
+    """The draft (MTP) layer. projection: [H, 2H], the first H columns for the normed embedding, the others
+    for the normed hidden states; head: its last norm, and the matrix."""
+
+    embedding: Embedding
+    embedding_norm: RmsNorm
+    hidden_norm: RmsNorm
+    projection: W
+    layer: LayerWeights[W]
+    head: HeadWeights[W]
+
+
+@dataclass(frozen=True)
 class ModelWeights(Generic[W]):
-    """What a rank holds: `embedding` only on the first pipeline stage, `head` only on the last."""
+    """What a rank holds: `embedding` only on the first pipeline stage, `head` only on the last, `draft` only
+    if it was asked for."""
 
     embedding: Embedding | None
     layers: tuple[LayerWeights[W], ...]
     head: HeadWeights[W] | None
+    draft: DraftWeights[W] | None = None
 
 
 def load_weights(
@@ -71,15 +88,18 @@ def load_weights(
     weight_dtypes: WeightDtypes | None = None,
     placement: Placement | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
+    with_draft: bool = False,
 ) -> ModelWeights[W]:
-    """Load what a rank holds of the main model, by default all of it, and nothing else.
+    """Load what a rank holds of the main model, by default all of it, and of the draft layer if `with_draft`.
 
     `ops` is the backend, `dtype` that of activations; `on_layer` is told after each layer.
 
     Raises:
-        CheckpointError: as `check_tensors`, or a file cannot be read.
+        CheckpointError: as `check_tensors` and `check_draft_tensors`, or a file cannot be read.
     """
     check_tensors(config, checkpoint.entries)
+    if with_draft:
+        check_draft_tensors(config, checkpoint.entries)
     placement = placement or Placement()
     loader = _Loader(
         checkpoint=checkpoint,
@@ -89,9 +109,10 @@ def load_weights(
         dtype=dtype,
         weight_dtypes=weight_dtypes or WeightDtypes(),
         placement=placement,
-        spans={parameter.name: placement.span(parameter) for parameter in expected_parameters(config)},
+        spans={parameter.name: placement.span(parameter) for parameter in all_parameters(config)},
     )
-    return loader.load(on_layer)
+    weights = loader.load(on_layer)
+    return replace(weights, draft=loader.load_draft(weights)) if with_draft else weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +135,41 @@ class _Loader(Generic[W]):
         head = self._head(embedding) if self.placement.is_last_stage else None
         return ModelWeights(embedding=embedding, layers=tuple(layers), head=head)
 
-    def _embedding(self) -> Embedding:
-        name = "model.embed_tokens.weight"
+    def load_draft(self, main: ModelWeights[W]) -> DraftWeights[W]:
+        """The draft layer, which shares embedding and head with the main model where they are equal."""
+        number = self.config.num_hidden_layers
+        prefix = f"model.layers.{number}"
+        return DraftWeights(
+            embedding=self._draft_embedding(f"{prefix}.embed_tokens.weight", main.embedding),
+            embedding_norm=self._norm(f"{prefix}.enorm"),
+            hidden_norm=self._norm(f"{prefix}.hnorm"),
+            projection=self.ops.prepare_weight(self._stored(f"{prefix}.eh_proj")),
+            layer=self._layer(number),
+            head=HeadWeights(
+                norm=self._norm(f"{prefix}.shared_head.norm"),
+                matrix=self._draft_head(f"{prefix}.shared_head.head", main.head),
+            ),
+        )
+
+    def _draft_embedding(self, name: str, main: Embedding | None) -> Embedding:
+        if main is not None and self._is_shared(name, _EMBEDDING):
+            return main
+        return self._embedding(name if name in self.checkpoint.entries else _EMBEDDING)
+
+    def _draft_head(self, name: str, main: HeadWeights[W] | None) -> W:
+        original = _EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
+        if main is not None and self._is_shared(f"{name}.weight", original):
+            return main.matrix
+        return self.ops.prepare_weight(self._stored(name))
+
+    def _is_shared(self, name: str, original: str) -> bool:
+        """Whether the files leave out tensor `name`, or have in it, on this rank, the bytes of `original`."""
+        entries = self.checkpoint.entries
+        if name not in entries:
+            return f"{name}_packed" not in entries
+        return original in entries and self.checkpoint.is_copy(name, original, self.spans[name])
+
+    def _embedding(self, name: str = _EMBEDDING) -> Embedding:
         span = self.spans[name]
         return Embedding(table=self._vector(name), first_id=span.start if span else 0)
 

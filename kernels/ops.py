@@ -1,7 +1,8 @@
 """The operations a backend implements, and the small values they exchange.
 
 The model calls the five composite operations of a layer (`attention_input`, `paged_attention`,
-`attention_output`, `dense_mlp`, `moe`) and `embed`, `logits` and `sample` around them. A backend may
+`attention_output`, `dense_mlp`, `moe`) and `embed`, `logits` and `sample` around them; the draft layer also
+`rms_norm` and `linear`. A backend may
 fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every operation
 takes and returns tensors and the dataclasses below, never a model or a context.
 
@@ -233,6 +234,12 @@ class Ops(Protocol[W]):
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: W) -> Tensor:
         """float32 [S, V]: the head applied to the norm of hidden [S, H]."""
+
+    def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        """[T, N]: the norm of x [T, N]."""
+
+    def linear(self, x: Tensor, weight: W) -> Tensor:
+        """[T, N]: x [T, K] times the transpose of a matrix [N, K]."""
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """int64 [S]: one token for each row of logits, float32 [S, V].

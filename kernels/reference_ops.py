@@ -107,6 +107,12 @@ class ReferenceOps:
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
         return F.linear(rms_norm(hidden, norm), head).float()
 
+    def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        return rms_norm(x, norm)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         greedy = logits.argmax(dim=-1)
         if not batch.temperatures.any():

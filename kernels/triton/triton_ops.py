@@ -150,6 +150,23 @@ class TritonOps:
         _, x = self._normed(hidden, None, norm, head)
         return linear(x, head, torch.float32, self.arch)
 
+    def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        width = activation_order.padded_width(x.shape[1])
+        _, normed = residual_rms_norm(
+            x,
+            None,
+            norm,
+            fragment_order=False,
+            padded_width=width,
+            dtype=self.dtype,
+            launch=row_launch(width, self.arch),
+        )
+        return normed[:, : x.shape[1]]
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        padded = F.pad(x, (0, weight.width - x.shape[1])).to(operand_dtype(weight, self.dtype))
+        return linear(activation_order.to_fragment_order(padded), weight, self.dtype, self.arch)
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         return sample(logits, batch, logits.shape[1], launch=sampling_launch(logits.shape[1], self.arch))
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from safetensors_file import entry, write, write_index, write_raw
 
+from nybble.engine import checkpoint as checkpoint_module
 from nybble.engine.checkpoint import Checkpoint, Span
 from nybble.engine.errors import CheckpointError
 
@@ -127,6 +128,26 @@ def test_reading_again_after_closing(span: Span | None, single: Path) -> None:
     first = checkpoint.read("a.weight", span)
     checkpoint.close()
     assert torch.equal(checkpoint.read("a.weight", span), first)
+
+
+def test_copies_are_told_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are compared at a time."""
+    first = torch.randn(23, 5)
+    changed, nan = first.clone(), first.clone()
+    changed[22, 4] += 1
+    nan[0, 0] = torch.nan
+    tensors = {"first": first, "copy": first.clone(), "changed": changed, "nan": nan, "nans": nan.clone()}
+    tensors |= {"other dtype": first.double(), "other shape": first[:22].clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for limit in (1, 60, 1 << 20):
+        monkeypatch.setattr(checkpoint_module, "_COMPARED_BYTES", limit)
+        checkpoint = Checkpoint.open(tmp_path)
+        assert checkpoint.is_copy("copy", "first") and checkpoint.is_copy("nans", "nan")
+        assert not any(
+            checkpoint.is_copy(n, "first") for n in ("changed", "nan", "other dtype", "other shape")
+        )
+        assert checkpoint.is_copy("changed", "first", Span(0, 3, 22))
+        assert not checkpoint.is_copy("changed", "first", Span(0, 3, 23))
 
 
 def test_a_span_of_a_file_that_vanished_is_named(single: Path) -> None:

@@ -14,7 +14,15 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from nybble.engine.checkpoint import TensorEntry
 from nybble.engine.errors import CheckpointError
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, Shard, check_tensors, expected_parameters, is_draft
+from nybble.engine.parameters import (
+    Parameter,
+    Shard,
+    check_draft_tensors,
+    check_tensors,
+    draft_parameters,
+    expected_parameters,
+    is_draft,
+)
 
 GLM_4_7: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "glm-4.7-config.json").read_text())
 TINY = {
@@ -375,3 +383,52 @@ def test_draft_layers_are_set_aside_unchecked() -> None:
 )
 def test_draft_names(name: str, expected: bool) -> None:
     assert is_draft(name, _config(num_nextn_predict_layers=2)) is expected
+
+
+def _draft_entries(config: ModelConfig) -> dict[str, TensorEntry]:
+    return {p.name: _entry(p.name, p.shape) for p in draft_parameters(config)}
+
+
+def test_a_draft_layer_is_a_sparse_layer_and_what_is_around_it() -> None:
+    """GLM-4.7's, as its checkpoints have it."""
+    shapes = {p.name: p.shape for p in draft_parameters(ModelConfig.from_fields(GLM_4_7))}
+    assert shapes["model.layers.92.eh_proj.weight"] == (5120, 10240)
+    assert shapes["model.layers.92.shared_head.head.weight"] == (151552, 5120)
+    assert shapes["model.layers.92.mlp.experts.159.down_proj.weight"] == (5120, 1536)
+    assert len(shapes) == 6 + 2 + 3 * 2 + 1 + 2 + 2 + 3 * 160 + 3
+
+
+def test_a_draft_layer_may_leave_out_its_copies() -> None:
+    config = _config(num_nextn_predict_layers=1)
+    entries = _entries(config) | _draft_entries(config)
+    check_draft_tensors(config, entries)
+    for name in ("embed_tokens", "shared_head.head"):
+        del entries[f"model.layers.3.{name}.weight"]
+    check_draft_tensors(config, entries)
+
+
+@pytest.mark.parametrize("name", ["eh_proj", "shared_head.norm", "enorm", "mlp.gate", "self_attn.o_proj"])
+def test_what_a_draft_layer_lacks_is_named(name: str) -> None:
+    config = _config(num_nextn_predict_layers=1)
+    entries = _entries(config) | _draft_entries(config)
+    del entries[f"model.layers.3.{name}.weight"]
+    with pytest.raises(CheckpointError, match=rf"lacks tensors 'model\.layers\.3\.{name}\.weight'"):
+        check_draft_tensors(config, entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("eh_proj", (32, 32)), ("enorm", (31,)), ("embed_tokens", (9, 32))]
+)
+def test_wrong_shapes_of_a_draft_layer_are_named(name: str, shape: tuple[int, ...]) -> None:
+    config = _config(num_nextn_predict_layers=1)
+    full = f"model.layers.3.{name}.weight"
+    entries = _entries(config) | _draft_entries(config) | {full: _entry(full, shape)}
+    with pytest.raises(CheckpointError, match=re.escape(full)):
+        check_draft_tensors(config, entries)
+
+
+def test_what_a_draft_layer_has_no_place_for_is_named() -> None:
+    config = _config(num_nextn_predict_layers=1)
+    name = "model.layers.3.other.weight"
+    with pytest.raises(CheckpointError, match="the draft layer has no place for"):
+        check_draft_tensors(config, _entries(config) | _draft_entries(config) | {name: _entry(name, (3,))})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers.modeling_layers import MtpModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160,
@@ -61,7 +64,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Glm4MoeForCausalLM:
-    """Write a random checkpoint to `directory`; returns transformers' model of it, float32."""
+    """Write a random checkpoint to `directory`; returns transformers' model of it, float32.
+
+    With num_mtp_layers=1 it has a draft layer, whose model `draft_oracle` reads.
+    """
     config = Glm4MoeConfig(**(SIZES | overrides))
     torch.manual_seed(seed)
     model = Glm4MoeForCausalLM(config).float().eval()
@@ -69,7 +75,17 @@ def make_checkpoint(directory: Path, seed: int = 0, **overrides: Any) -> Glm4Moe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, of the saving of a tiny model
         model.save_pretrained(directory)
+    if config.num_mtp_layers:
+        _add_draft_layer(directory, model)
     return model
+
+
+def draft_oracle(directory: Path, main: Glm4MoeForCausalLM) -> MtpModel:
+    """transformers' model of the draft layer in `directory`, read from its files, beside the main model."""
+    main.config.name_or_path, main.config.dtype = str(directory), torch.float32
+    # transformers knows the layer by the numbers that it has in published checkpoints.
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{main.config.num_hidden_layers}.*"]
+    return MtpModel.from_pretrained(main).eval()
 
 
 def greedy_tokens(model: Glm4MoeForCausalLM, prompt: Sequence[int], count: int) -> list[int]:
@@ -86,7 +102,37 @@ def greedy_tokens(model: Glm4MoeForCausalLM, prompt: Sequence[int], count: int) 
     return tokens
 
 
-def _randomize(model: Glm4MoeForCausalLM) -> None:
+def _add_draft_layer(directory: Path, main: Glm4MoeForCausalLM) -> None:
+    """Add one random draft layer to the file of a checkpoint, with copies of embedding and head."""
+    model = MtpModel(main, 1).float()
+    layer = model.layers[0]
+    _randomize(layer)
+    prefix = f"model.layers.{main.config.num_hidden_layers}"
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in layer.state_dict().items():
+        name = name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        tensors |= {f"{prefix}.{n}": t.contiguous() for n, t in _as_in_files(name, tensor)}
+    tensors[f"{prefix}.embed_tokens.weight"] = main.get_input_embeddings().weight.detach().clone()
+    tensors[f"{prefix}.shared_head.head.weight"] = main.lm_head.weight.detach().clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def _as_in_files(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor of a decoder layer under its name in checkpoints, where every expert has its own matrices."""
+    stem, _, kind = name.rpartition(".")
+    if not stem.endswith("experts") or kind not in ("gate_up_proj", "down_proj"):
+        yield name, tensor
+        return
+    for expert, matrix in enumerate(tensor):
+        if kind == "down_proj":
+            yield f"{stem}.{expert}.down_proj.weight", matrix
+            continue
+        gate, up = matrix.chunk(2)
+        yield f"{stem}.{expert}.gate_proj.weight", gate
+        yield f"{stem}.{expert}.up_proj.weight", up
+
+
+def _randomize(model: nn.Module) -> None:
     """Weights large enough that every part moves the logits, and router biases that move choices."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -156,6 +156,21 @@ def test_plain_experts_are_the_references() -> None:
     assert_close(actual, wanted, max_error=1e-4, rms_error=1e-5)
 
 
+@pytest.mark.parametrize("width", [96, 128])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_norm_and_linear_are_the_references(width: int, is_quantized: bool) -> None:
+    torch.manual_seed(2)
+    weight: Tensor | QuantizedTensor = torch.randn(40, width) * width**-0.5
+    if is_quantized:
+        weight = quantized(40, width)
+    x, norm = torch.randn(5, width), RmsNorm(torch.rand(width) + 0.5, 1e-5)
+    reference, ops = ReferenceOps(torch.float32), TritonOps(torch.float32, 90)
+    normed = ops.rms_norm(x, norm)
+    assert_close(normed, reference.rms_norm(x, norm), max_error=1e-5, rms_error=1e-6)
+    wanted = reference.linear(normed, reference.prepare_weight(weight))
+    assert_close(ops.linear(normed, ops.prepare_weight(weight)), wanted, max_error=1e-4, rms_error=1e-5)
+
+
 def test_attention_output_takes_what_attention_gives() -> None:
     """In fragment order, padded: 3 heads of 16 are not whole blocks of 64."""
     ops = TritonOps(torch.float32, 90)
