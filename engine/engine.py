@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from nybble.engine.engine_stats import StatsRecorder
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
 from nybble.engine.messages import EngineStats, Request, SamplingParams, TokenEvent
 from nybble.engine.scheduler import Scheduler
@@ -38,8 +41,17 @@ class Runner(Protocol):
 class Engine:
     """Single-threaded; the caller alternates `add` and `abort` with `step` as it likes."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` gives seconds, for statistics."""
         self._runner = runner
+        self._clock = clock
+        self._recorder = StatsRecorder(clock)
         self._scheduler = scheduler
         self._limits = limits
         self._active: set[str] = set()
@@ -59,11 +71,13 @@ class Engine:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         self._active.add(request.request_id)
+        self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
         self._scheduler.add(Sequence(request, sampling, self._limits.block_size))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
         self._active.discard(request_id)
+        self._recorder.request_ended(request_id, "abort")
         self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenEvent]:
@@ -71,12 +85,17 @@ class Engine:
         plan = self._scheduler.schedule()
         if not plan.chunks:
             return []
-        events = self._scheduler.update(plan, self._runner.run(plan))
+        self._recorder.requests_admitted(self._scheduler.take_admitted())
+        start = self._clock()
+        sampled = self._runner.run(plan)
+        seconds = self._clock() - start
+        events = self._scheduler.update(plan, sampled)
+        self._recorder.step_done(plan, seconds, events)
         self._active.difference_update(event.request_id for event in events if event.finish_reason)
         return events
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        return self._recorder.snapshot(self._scheduler.gauges())
 
     def check(self) -> None:
         """Assert that no block is lost. For tests, and when idle."""

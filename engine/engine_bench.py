@@ -16,7 +16,7 @@ import numpy as np
 from nybble.engine.channel import encode_frame
 from nybble.engine.engine import Engine
 from nybble.engine.errors import NybbleError
-from nybble.engine.messages import Request, SamplingParams, TokenEvent
+from nybble.engine.messages import EngineStats, Request, SamplingParams, TokenEvent
 
 
 class BenchError(NybbleError):
@@ -69,6 +69,7 @@ class CaseResult:
     inter_token_latency: between one token of a request and the next
     decode_step: of steps in which every request got a token, and none its first
     num_steps: of the last repeat
+    stats: the engine's own, after warm-up and repeats
     """
 
     case: BenchCase
@@ -78,18 +79,17 @@ class CaseResult:
     inter_token_latency: Spread | None
     decode_step: Spread | None
     num_steps: int
-    num_preemptions: int
+    stats: EngineStats
 
 
 @dataclass(frozen=True)
 class _Run:
     """ends: float64 [steps], seconds since the start; counts: int [steps], tokens that each gave;
-    tokens: float64 [batch, output_length], when each token came; num_preemptions: during it."""
+    tokens: float64 [batch, output_length], when each token came."""
 
     ends: np.ndarray
     counts: np.ndarray
     tokens: np.ndarray
-    num_preemptions: int
 
     @property
     def prefill_time(self) -> float:
@@ -137,7 +137,7 @@ def measure(
         inter_token_latency=Spread.of(np.concatenate([np.diff(run.tokens).ravel() for run in runs])),
         decode_step=Spread.of(np.concatenate([run.decode_steps for run in runs])),
         num_steps=len(runs[-1].ends),
-        num_preemptions=sum(run.num_preemptions for run in runs),
+        stats=engine.stats(),
     )
 
 
@@ -150,7 +150,6 @@ def _run(
 ) -> _Run:
     measured = list(_requests(case.batch, case, num_token_ids, random, "run"))
     queued = list(_requests(case.num_queued, case, num_token_ids, random, "queued"))
-    before = engine.stats().num_preemptions
     start = clock()
     for request in (*measured, *queued):
         engine.add(request)
@@ -159,12 +158,10 @@ def _run(
         engine.abort(request.request_id)
     engine.check()
     times = _token_times(steps, measured, case)
-    num_preemptions = engine.stats().num_preemptions - before
     return _Run(
         ends=np.array([end for end, _ in steps]) - start,
         counts=np.array([len(events) for _, events in steps]),
         tokens=times - start,
-        num_preemptions=num_preemptions,
     )
 
 

@@ -86,14 +86,45 @@ class EngineFailed(Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
+class HistogramCounts(Struct, frozen=True, kw_only=True):
+    """cumulative: how many values were at most each of `bounds`, and last how many in all; sum: of values."""
+
+    bounds: tuple[float, ...]
+    cumulative: tuple[int, ...]
+    sum: float
+
+
 class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
-    """A snapshot, sent when the engine goes idle and at most once a second while it runs."""
+    """A snapshot, sent when the engine goes idle and at most once a second while it runs.
+
+    The first four are of the moment; all others count from the engine's start. Prompt tokens count when the
+    first token of their request comes, and of them those found in the prefix cache. num_finished: requests by
+    finish reason, or "abort". Histograms, in seconds unless said otherwise:
+
+    queue_time: from arrival to the first step that runs the request
+    time_to_first_token, request_time: from arrival to the first and to the last token
+    inter_token_latency: from one token of a request to its next; those of one step come together
+    step_time: from a step's launch to its tokens
+    step_tokens, step_sequences: how many of them a step runs
+    """
 
     num_waiting: int
     num_running: int
     num_blocks: int
     num_free_blocks: int
     num_preemptions: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_finished: dict[str, int]
+    queue_time: HistogramCounts
+    time_to_first_token: HistogramCounts
+    inter_token_latency: HistogramCounts
+    request_time: HistogramCounts
+    step_time: HistogramCounts
+    step_tokens: HistogramCounts
+    step_sequences: HistogramCounts
 
 
 ToEngine = Request | Abort

@@ -14,7 +14,8 @@ from collections.abc import Sequence as AbstractSequence
 
 from nybble.engine.block_pool import BlockPool, OutOfBlocksError
 from nybble.engine.engine_config import SchedulerConfig
-from nybble.engine.messages import EngineStats, TokenEvent
+from nybble.engine.engine_stats import Gauges
+from nybble.engine.messages import TokenEvent
 from nybble.engine.sequence import Sequence
 from nybble.engine.step import Chunk, SampledToken, StepPlan
 
@@ -36,6 +37,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
+        self._admitted: list[str] = []
 
     @property
     def has_work(self) -> bool:
@@ -107,8 +109,13 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached_tokens,
         )
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
+    def take_admitted(self) -> list[str]:
+        """Requests that were admitted for the first time since this was last asked."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
+
+    def gauges(self) -> Gauges:
+        return Gauges(
             num_waiting=len(self.waiting),
             num_running=len(self.running),
             num_blocks=self._pool.num_blocks,
@@ -166,6 +173,7 @@ class Scheduler:
         sequence.num_computed = num_cached
         if not sequence.was_admitted:
             sequence.was_admitted = True
+            self._admitted.append(sequence.request_id)
             sequence.num_cached_tokens = num_cached
         return count
 

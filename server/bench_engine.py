@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from nybble.engine.engine_process import follow, run_rank
 from nybble.engine.errors import OptionError
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.machine import describe_machine
+from nybble.engine.messages import EngineStats, HistogramCounts
 from nybble.engine.null_model import NULL_MODEL
 from nybble.engine.start import start_rank
 
@@ -119,9 +121,23 @@ def _print_results(results: Sequence[CaseResult], out: TextIO) -> None:
         table.add_row(*_cells(result))
     console.print(table)
     console.print(METHOD)
-    num_preemptions = sum(result.num_preemptions for result in results)
-    if num_preemptions:
-        console.print(f"{num_preemptions} preemptions: the KV cache was too small for what waited")
+    for result in results:
+        console.print(f"{result.case}: {_describe(result.stats)}")
+
+
+def _describe(stats: EngineStats) -> str:
+    """What the engine says of itself."""
+    sequences, tokens = _mean(stats.step_sequences), _mean(stats.step_tokens)
+    return (
+        f"a step has {sequences:.1f} sequences, {tokens:.1f} tokens and takes "
+        f"{_mean(stats.step_time) * 1e3:.2f} ms from launch to tokens; "
+        f"{stats.num_cached_tokens} of {stats.num_prompt_tokens} prompt tokens were cached, "
+        f"{stats.num_preemptions} preemptions"
+    )
+
+
+def _mean(histogram: HistogramCounts) -> float:
+    return histogram.sum / max(histogram.cumulative[-1], 1)
 
 
 def _cells(result: CaseResult) -> list[str]:
@@ -155,7 +171,7 @@ def _write_results(
         "machine": describe_machine(),
         "method": {"what": METHOD, "warmups": options.num_warmups, "repeats": options.num_repeats},
         "config": asdict(config),
-        "rows": [asdict(result) for result in results],
+        "rows": [msgspec.to_builtins(result) for result in results],
     }
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def test_the_null_model_has_room_for_its_largest_case_exactly() -> None:
     assert target.num_cache_tokens == 2 * 112
     for case in cases:
         target.check(case)
-        assert measure(target.make_engine(case.batch), case, 1, num_token_ids=100).num_preemptions == 0
+        assert measure(target.make_engine(case.batch), case, 1, num_token_ids=100).stats.num_preemptions == 0
     with pytest.raises(OptionError, match=r"needs a KV cache of 240 tokens, but it has 224"):
         target.check(BenchCase(5, 40, 4))
 

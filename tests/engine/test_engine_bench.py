@@ -33,7 +33,7 @@ def test_one_step_a_second() -> None:
     assert result.decode_tokens_per_s == 4
     assert result.time_to_first_token == Spread(1, 1, 1, 1)
     assert result.inter_token_latency == result.decode_step == Spread(1, 1, 1, 1)
-    assert result.num_preemptions == 0
+    assert result.stats.num_preemptions == 0
 
 
 def test_chunked_prompts() -> None:

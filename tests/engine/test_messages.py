@@ -5,11 +5,11 @@ import pytest
 
 from nybble.engine.channel import FrameDecoder, encode_frame
 from nybble.engine.engine_config import CacheConfig, EngineConfig, SchedulerConfig
+from nybble.engine.engine_stats import Gauges, StatsRecorder
 from nybble.engine.messages import (
     Abort,
     EngineFailed,
     EngineReady,
-    EngineStats,
     FromEngine,
     Request,
     RequestRefused,
@@ -61,7 +61,7 @@ FROM_ENGINE = [
         num_cached_tokens=0,
     ),
     RequestRefused(request_id="r", message="the prompt is empty", parameter="prompt"),
-    EngineStats(num_waiting=1, num_running=2, num_blocks=3, num_free_blocks=4, num_preemptions=5),
+    StatsRecorder().snapshot(Gauges(1, 2, 3, 4, 5)),
 ]
 
 

@@ -38,6 +38,9 @@ def test_the_null_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row["case"]["batch"] for row in document["rows"]] == [1, 3, 1, 3]
     assert all(row["case"]["num_queued"] == 5 for row in document["rows"])
     assert document["rows"][2]["inter_token_latency"] is None
+    stats = document["rows"][1]["stats"]
+    assert stats["num_prompt_tokens"] == 3 * 3 * 20 and stats["num_finished"] == {"length": 9, "abort": 15}
+    assert "3 x (20 + 4) with 5 queued: a step has 3.0 sequences" in printed.out
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
