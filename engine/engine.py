@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable
@@ -14,7 +13,9 @@ import msgspec
 
 from nybble.engine.engine_stats import StatsRecorder
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
-from nybble.engine.messages import EngineStats, Request, SamplingParams, TokenEvent
+from nybble.engine.logit_rules import logit_rules
+from nybble.engine.messages import EngineStats, Request, TokenEvent
+from nybble.engine.sampling_checks import check_sampling
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.step import SampledToken, StepPlan
@@ -72,7 +73,8 @@ class Engine:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         self._active.add(request.request_id)
         self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
-        self._scheduler.add(Sequence(request, sampling, self._limits.block_size))
+        rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids)
+        self._scheduler.add(Sequence(request, sampling, self._limits.block_size, rules))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
@@ -111,20 +113,5 @@ class Engine:
             raise InvalidRequestError(
                 f"prompt token ids must lie in 0 .. {self._limits.num_token_ids - 1}", "prompt"
             )
-        _check_sampling(request.sampling)
+        check_sampling(request.sampling, self._limits.num_token_ids)
         ContextLengthError.check(len(prompt), request.sampling.max_tokens, self._limits.max_model_len)
-
-
-def _check_sampling(sampling: SamplingParams) -> None:
-    """One request's bad number must not reach the tensors that all requests share."""
-    is_valid = {
-        "max_tokens": sampling.max_tokens >= 1,
-        "temperature": 0 <= sampling.temperature < math.inf,
-        "top_k": 0 <= sampling.top_k < 1 << 31,
-        "top_p": 0 <= sampling.top_p <= 1,
-        "min_p": 0 <= sampling.min_p <= 1,
-        "num_logprobs": sampling.num_logprobs is None or sampling.num_logprobs >= 0,
-    }
-    for name, is_ok in is_valid.items():
-        if not is_ok:
-            raise InvalidRequestError(f"{name} is {getattr(sampling, name)!r}, out of range", name)

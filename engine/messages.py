@@ -17,13 +17,24 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     temperature 0 (or below 1e-5) is greedy; top_k 0, top_p 1 and min_p 0 are off. Without a seed the
     engine draws one. num_logprobs None gives no logprobs, n >= 0 gives the chosen token's and those of
     the n likeliest.
+
+    Penalties and logit_bias, pairs of token id and number, are defined in `kernels/logit_adjustments.py`.
+    allowed_token_ids, if given, are all that can come. Of bad_words, lists of tokens, none comes whole in an
+    output, unless nothing else is left. A stop token does not come before there are min_tokens tokens.
     """
 
     max_tokens: int
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None

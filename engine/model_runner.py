@@ -31,11 +31,9 @@ class ModelRunner(Generic[W]):
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[tuple[SampledToken, ...]]:
-        """Compute the plan's tokens; returns the next token of each of its sampling chunks."""
+        """Compute the plan's tokens; returns the next tokens of each of its sampling chunks."""
         step = build_step_input(plan, self._block_size)
         if not self._group.is_alone:
             self._group.announce(pack(step))
         logits = self._worker.execute(step)
-        if logits is None:
-            return []
-        return [(token,) for token in self._sampler.sample(logits, plan.sampling_chunks)]
+        return [] if logits is None else self._sampler.sample(logits, plan.sampling_chunks)

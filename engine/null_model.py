@@ -45,7 +45,7 @@ class NullOps(ReferenceOps):
         super().__init__(torch.float32)
         self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
         return self._token_ids[: len(logits)]
 
 

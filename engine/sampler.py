@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Generic
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.engine.adjustment_batch import adjustments_of
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.step import Chunk, SampledToken
 from nybble.kernels.ops import Ops, SamplingBatch, W
-from nybble.kernels.random_bits import draw_bits
+from nybble.kernels.random_bits import draw_bits_of
+
+_SMALLEST_TEMPERATURE = 1e-5
+"""Dividing by less overflows float32; the pick is the likeliest token anyway."""
 
 
 class Sampler(Generic[W]):
@@ -21,16 +28,47 @@ class Sampler(Generic[W]):
         self._ops = ops
         self._num_token_ids = num_token_ids
 
-    def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
-        """One token for each row of logits, float32 [S, V]; row s follows chunks[s]."""
-        logits = logits[:, : self._num_token_ids]
-        params = [_sampling_of(chunk) for chunk in chunks]
+    def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[tuple[SampledToken, ...]]:
+        """The tokens that follow each chunk: those of its drafts that are accepted, and the next token.
+
+        logits: float32 [S, V], overwritten. A chunk has a row for the token after its last that is no draft,
+        and one for each draft.
+
+        A draft is accepted if it is what is drawn in its place. For drafts that are guessed without chance
+        that is rejection sampling (Leviathan, Kalman, Matias: "Fast inference from transformers via
+        speculative decoding", 2023): a draft stays with its probability, and what replaces it has the
+        distribution of the others. Since a position's random bits are its own, the tokens are those that
+        are drawn without drafts.
+        """
+        params = [_sampling_of(chunk) for chunk in chunks for _ in range(chunk.num_drafts + 1)]
+        adjustments = adjustments_of(chunks, logits.device)
+        asked = _logprob_rows(logits, params, must_copy=adjustments is not None)
+        if adjustments is not None:
+            self._ops.adjust_logits(logits[:, : self._num_token_ids], adjustments)
         batch = _sampling_batch(chunks, params, logits.device)
-        token_ids = self._ops.sample(logits, batch).tolist()
-        return [
-            SampledToken(token_id, _logprobs(row, token_id, p.num_logprobs))
-            for row, token_id, p in zip(logits, token_ids, params, strict=True)
-        ]
+        picks = self._ops.sample(logits, batch, self._num_token_ids)
+        logprobs = {} if asked is None else self._logprobs(asked, picks)
+        tokens = [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(picks.tolist())]
+        return list(_accepted(chunks, tokens))
+
+    def _logprobs(self, asked: _LogprobRows, picks: Tensor) -> dict[int, TokenLogprobs]:
+        picks = picks if len(asked.rows) == len(picks) else picks[asked.rows]
+        found = self._ops.token_logprobs(asked.logits, picks, self._num_token_ids, max(asked.counts))
+        columns = (found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist())
+        return {
+            row: TokenLogprobs(logprob=own, top=tuple(zip(ids[:count], top[:count], strict=True)))
+            for row, count, own, ids, top in zip(asked.rows, asked.counts, *columns, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class _LogprobRows:
+    """Rows that want logprobs, how many of the likeliest tokens each, and their logits as the model gave
+    them."""
+
+    rows: list[int]
+    counts: list[int]
+    logits: Tensor
 
 
 def _sampling_of(chunk: Chunk) -> SamplingParams:
@@ -39,35 +77,60 @@ def _sampling_of(chunk: Chunk) -> SamplingParams:
     return chunk.sampling
 
 
+def _logprob_rows(logits: Tensor, params: Sequence[SamplingParams], must_copy: bool) -> _LogprobRows | None:
+    asked = {row: p.num_logprobs for row, p in enumerate(params) if p.num_logprobs is not None}
+    if not asked:
+        return None
+    rows = list(asked)
+    if len(rows) < len(params):
+        logits = logits[rows]
+    elif must_copy:
+        logits = logits.clone()
+    return _LogprobRows(rows, list(asked.values()), logits)
+
+
 def _sampling_batch(
     chunks: Sequence[Chunk], params: Sequence[SamplingParams], device: torch.device
 ) -> SamplingBatch:
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    draws = [
-        draw_bits(p.seed or 0, chunk.start + len(chunk.token_ids))
-        for p, chunk in zip(params, chunks, strict=True)
-    ]
+    """One transfer for all columns: int64 ones, then float32 ones, two in the place of one."""
+    columns = np.empty((5, len(params)), dtype=np.int64)
+    seeds = np.array([p.seed or 0 for p in params], dtype=np.uint64)
+    columns[0] = draw_bits_of(seeds, np.fromiter(_positions(chunks), np.int64, len(params)))
+    columns[1] = [p.top_k for p in params]
+    floats = columns[2:].view(np.float32)[:, : len(params)]
+    floats[0] = [_temperature(p) for p in params]
+    floats[1] = [p.top_p for p in params]
+    floats[2] = [p.min_p for p in params]
+    moved = torch.from_numpy(columns).to(device)
+    temperatures, top_ps, min_ps = moved[2:].view(torch.float32)[:, : len(params)]
     return SamplingBatch(
-        temperatures=column([_temperature(p) for p in params], torch.float32),
-        top_ks=column([p.top_k for p in params], torch.int64),
-        top_ps=column([p.top_p for p in params], torch.float32),
-        min_ps=column([p.min_p for p in params], torch.float32),
-        draws=column(draws, torch.int64),
+        temperatures=temperatures, top_ks=moved[1], top_ps=top_ps, min_ps=min_ps, draws=moved[0]
     )
 
 
+def _positions(chunks: Sequence[Chunk]) -> Iterator[int]:
+    """That of the token which each row gives."""
+    for chunk in chunks:
+        end = chunk.start + len(chunk.token_ids)
+        yield from range(end - chunk.num_drafts, end + 1)
+
+
 def _temperature(params: SamplingParams) -> float:
-    """Dividing by less than this overflows float32; the pick is the likeliest token anyway."""
-    return params.temperature if params.temperature >= 1e-5 else 0.0
+    return params.temperature if params.temperature >= _SMALLEST_TEMPERATURE else 0.0
 
 
-def _logprobs(row: Tensor, token_id: int, count: int | None) -> TokenLogprobs | None:
-    """Of the unmodified distribution: before temperature and truncation."""
-    if count is None:
-        return None
-    logprobs = row.log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(count, len(row)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(logprob=logprobs[token_id].item(), top=top)
+def _accepted(chunks: Sequence[Chunk], tokens: Sequence[SampledToken]) -> Iterator[tuple[SampledToken, ...]]:
+    """Each chunk's tokens up to the first that is not its draft."""
+    rest = iter(tokens)
+    for chunk in chunks:
+        own = tuple(islice(rest, chunk.num_drafts + 1))
+        drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
+        yield own[: _num_equal(drafts, own) + 1]
+
+
+def _num_equal(drafts: Sequence[int], tokens: Sequence[SampledToken]) -> int:
+    """How many drafts are the tokens drawn in their places, before the first that is not."""
+    for count, draft in enumerate(drafts):
+        if tokens[count].token_id != draft:
+            return count
+    return len(drafts)

@@ -247,4 +247,5 @@ def _chunk(sequence: Sequence, count: int, num_drafts: int) -> Chunk:
         blocks=sequence.blocks,
         sampling=sequence.sampling if count == sequence.num_uncomputed else None,
         num_drafts=num_drafts,
+        rules=sequence.rules,
     )

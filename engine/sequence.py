@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nybble.engine.block_pool import hash_block
+from nybble.engine.logit_rules import LogitRules
 from nybble.engine.messages import FinishReason, Request, SamplingParams
 
 
@@ -14,9 +15,16 @@ class Sequence:
     set between steps and run with that one token; they are not among `token_ids`.
     """
 
-    def __init__(self, request: Request, sampling: SamplingParams, block_size: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        sampling: SamplingParams,
+        block_size: int,
+        rules: LogitRules | None = None,
+    ) -> None:
         self.request_id = request.request_id
         self.sampling = sampling
+        self.rules = rules
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed = 0
@@ -63,6 +71,8 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; returns why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
+        if self.rules is not None:
+            self.rules.append(token_id)
         if token_id in self.sampling.stop_token_ids:
             self.finish_reason = "stop"
         elif self.num_output_tokens >= self.sampling.max_tokens:

@@ -11,6 +11,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from nybble.engine.logit_rules import LogitRules
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.kernels.ops import AttentionBatch
 
@@ -23,7 +24,7 @@ class Chunk(Struct, frozen=True, gc=False):
     start: position of the first token; blocks: the sequence's cache blocks, in order;
     sampling: how to choose the token that follows, or None while more of the prompt is to come;
     num_drafts: how many of the last tokens are guesses of what will be sampled, to be verified. Only
-    a chunk that samples has any.
+    a chunk that samples has any; rules: what the request changes of its logits.
     """
 
     request_id: str
@@ -32,6 +33,7 @@ class Chunk(Struct, frozen=True, gc=False):
     blocks: Sequence[int]
     sampling: SamplingParams | None
     num_drafts: int = 0
+    rules: LogitRules | None = None
 
 
 @dataclass(frozen=True)

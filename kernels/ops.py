@@ -1,8 +1,8 @@
 """The operations a backend implements, and the small values they exchange.
 
 The model calls the five composite operations of a layer (`attention_input`, `paged_attention`,
-`attention_output`, `dense_mlp`, `moe`) and `embed`, `logits` and `sample` around them; the draft layer also
-`rms_norm` and `linear`. A backend may
+`attention_output`, `dense_mlp`, `moe`) and `embed` and `logits` around them; the draft layer also
+`rms_norm` and `linear`; the sampler `adjust_logits`, `sample` and `token_logprobs`. A backend may
 fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every operation
 takes and returns tensors and the dataclasses below, never a model or a context.
 
@@ -25,7 +25,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from nybble.kernels.logit_adjustments import LogitAdjustments
 from nybble.kernels.quantized_tensor import QuantizedTensor
+from nybble.kernels.token_logprobs import Logprobs
 
 W = TypeVar("W")
 
@@ -241,8 +243,14 @@ class Ops(Protocol[W]):
     def linear(self, x: Tensor, weight: W) -> Tensor:
         """[T, N]: x [T, K] times the transpose of a matrix [N, K]."""
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        """int64 [S]: one token for each row of logits, float32 [S, V].
+    def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
+        """Change logits, float32 [S, V], in place, as `logit_adjustments` says. Rows may lie apart."""
+
+    def token_logprobs(self, logits: Tensor, token_ids: Tensor, num_token_ids: int, num_top: int) -> Logprobs:
+        """Of token_ids, int64 [S], and the num_top likeliest tokens of each row: see `token_logprobs`."""
+
+    def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
+        """int64 [S]: one token for each row of logits, float32 [S, V], of the first num_token_ids columns.
 
         In this order: divide by temperature, drop what min_p, top_k and top_p exclude, add Gumbel noise
         (`random_bits.gumbel`) and take the largest. So a rounding error in the logits changes a pick only

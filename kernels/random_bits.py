@@ -7,6 +7,7 @@ generators", 2014) over its n-th state.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,12 @@ def draw_bits(seed: int, position: int) -> int:
     return _signed(_mix(state))
 
 
+def draw_bits_of(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """`draw_bits` of many at once: of seeds uint64 [S] and positions [S], int64 [S]."""
+    states = _mix_array(seeds) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_STEP)
+    return _mix_array(states).view(np.int64)
+
+
 def gumbel(draws: Tensor, count: int) -> Tensor:
     """float64 [S, count] of standard Gumbel noise, row s from the 64 bits draws[s] of int64 [S]."""
     counters = torch.arange(1, count + 1, dtype=torch.int64, device=draws.device)
@@ -35,6 +42,14 @@ def _mix(value: int) -> int:
     value = (value ^ value >> 30) * _FIRST & _MASK64
     value = (value ^ value >> 27) * _SECOND & _MASK64
     return value ^ value >> 31
+
+
+def _mix_array(value: np.ndarray) -> np.ndarray:
+    """`_mix` of uint64 arrays."""
+    value = (value ^ value >> np.uint64(30)) * np.uint64(_FIRST)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(_SECOND)
+    mixed: np.ndarray = value ^ value >> np.uint64(31)
+    return mixed
 
 
 def _mix_tensor(value: Tensor) -> Tensor:

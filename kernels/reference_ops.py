@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.kernels.logit_adjustments import LogitAdjustments, adjust_logits
 from nybble.kernels.ops import (
     AttentionBatch,
     AttentionShape,
@@ -28,6 +29,7 @@ from nybble.kernels.ops import (
 )
 from nybble.kernels.quantized_tensor import QuantizedTensor
 from nybble.kernels.random_bits import gumbel
+from nybble.kernels.token_logprobs import Logprobs, token_logprobs
 
 
 class ReferenceOps:
@@ -113,7 +115,14 @@ class ReferenceOps:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
+        adjust_logits(logits, adjustments)
+
+    def token_logprobs(self, logits: Tensor, token_ids: Tensor, num_token_ids: int, num_top: int) -> Logprobs:
+        return token_logprobs(logits, token_ids, num_token_ids, num_top)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
+        logits = logits[:, :num_token_ids]
         greedy = logits.argmax(dim=-1)
         if not batch.temperatures.any():
             return greedy

@@ -156,4 +156,4 @@ def sampling_workload(case: BenchCase, model: ModelShape, inputs: BenchInputs) -
     def judge(picks: Tensor) -> Deviation:
         return deviation(picks, reference_ops.draw(logits, batch))
 
-    return Workload(lambda: ops.sample(logits, batch), as_tensor, judge, EXACT)
+    return Workload(lambda: ops.sample(logits, batch, model.vocabulary), as_tensor, judge, EXACT)

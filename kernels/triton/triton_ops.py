@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.kernels.logit_adjustments import LogitAdjustments
 from nybble.kernels.ops import (
     AttentionBatch,
     AttentionShape,
@@ -38,11 +39,13 @@ from nybble.kernels.ops import (
     SamplingBatch,
 )
 from nybble.kernels.quantized_tensor import QuantizedTensor
+from nybble.kernels.token_logprobs import Logprobs
 from nybble.kernels.triton import activation_order
 from nybble.kernels.triton.attention import MAX_ROWS, decode_launch, paged_decode_attention
 from nybble.kernels.triton.embedding import embed, embedding_launch
 from nybble.kernels.triton.experts import mlp, moe_experts
 from nybble.kernels.triton.kv_cache_layout import new_head_major
+from nybble.kernels.triton.logit_adjustments import adjust_logits, adjustment_launch
 from nybble.kernels.triton.matmul import Matrix, linear, operand_dtype, prepare_matrix
 from nybble.kernels.triton.norm import residual_rms_norm
 from nybble.kernels.triton.prefill_attention import paged_prefill_attention, prefill_launch
@@ -50,6 +53,7 @@ from nybble.kernels.triton.qkv import qkv_launch, store_qkv
 from nybble.kernels.triton.router import router_launch, routing
 from nybble.kernels.triton.row import row_launch
 from nybble.kernels.triton.sampling import sample, sampling_launch
+from nybble.kernels.triton.token_logprobs import logprobs_launch, token_logprobs
 
 # Query tokens up to which a sequence counts as decoding: one, and as many as are drafted for it.
 _MOST_DECODED = 8
@@ -167,8 +171,15 @@ class TritonOps:
         padded = F.pad(x, (0, weight.width - x.shape[1])).to(operand_dtype(weight, self.dtype))
         return linear(activation_order.to_fragment_order(padded), weight, self.dtype, self.arch)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
-        return sample(logits, batch, logits.shape[1], launch=sampling_launch(logits.shape[1], self.arch))
+    def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
+        adjust_logits(logits, adjustments, launch=adjustment_launch(logits.shape[1], self.arch))
+
+    def token_logprobs(self, logits: Tensor, token_ids: Tensor, num_token_ids: int, num_top: int) -> Logprobs:
+        launch = logprobs_launch(logits.shape[1], self.arch)
+        return token_logprobs(logits, token_ids, num_token_ids, num_top, launch=launch)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
+        return sample(logits, batch, num_token_ids, launch=sampling_launch(logits.shape[1], self.arch))
 
     def _normed(
         self, hidden: Tensor, update: Tensor | None, norm: RmsNorm, matrix: Matrix

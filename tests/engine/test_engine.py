@@ -110,6 +110,51 @@ def test_ends_at_max_tokens_and_at_stop_tokens(checkpoint: Path) -> None:
     assert stopped[-1].finish_reason == "stop"
 
 
+def test_min_tokens_holds_back_stop_tokens(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    prompt = random_prompt(10, seed=32)
+    plain = tokens(run(engine, request("a", prompt, 20))["a"])
+    stops = tuple(set(plain))
+    events = run(engine, request("a", prompt, 20, stop_token_ids=stops, min_tokens=7))["a"]
+    assert not set(tokens(events[:7])) & set(stops)
+    assert len(events) >= 8 or events[-1].finish_reason == "length"
+    ended = run(engine, request("a", prompt, 20, stop_token_ids=tuple(range(1, 160)), min_tokens=7))["a"]
+    assert tokens(ended[:7]) == [0] * 7 and len(ended) <= 20
+
+
+def test_penalties_are_the_same_chunked_preempted_and_alone(checkpoint: Path) -> None:
+    penalties = {"repetition_penalty": 1.4, "frequency_penalty": 0.7, "logit_bias": ((5, 3.0),)}
+    asked = [
+        request(str(n), random_prompt(length, seed=n), 24, seed=n, **SAMPLED, **penalties)
+        for n, length in enumerate(LENGTHS)
+    ]
+    alone = {
+        item.request_id: tokens(run(tiny_engine(tiny_config(checkpoint)), item)[item.request_id])
+        for item in asked
+    }
+    small = replace(tiny_config(checkpoint, kv_cache_memory=0.0002), max_model_len=100)
+    for config in (small, tiny_config(checkpoint, max_num_batched_tokens=13, max_num_seqs=8)):
+        engine = tiny_engine(config)
+        results = run(engine, *asked)
+        assert {request_id: tokens(events) for request_id, events in results.items()} == alone
+        assert engine.stats().num_preemptions > 0 or config is not small
+
+
+def test_allowed_tokens_are_all_that_come(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    allowed = (3, 77, 159)
+    events = run(engine, request("a", (1, 2), 30, temperature=2.0, allowed_token_ids=allowed))["a"]
+    assert set(tokens(events)) == set(allowed)
+
+
+def test_refuses_a_bad_parameter_and_goes_on(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.add(request("bad", (1, 2), 5, logit_bias=((160, 1.0),)))
+    assert caught.value.parameter == "logit_bias"
+    assert len(run(engine, request("good", (1, 2), 3))["good"]) == 3
+
+
 def test_abort_frees_everything_at_once(checkpoint: Path) -> None:
     engine = tiny_engine(tiny_config(checkpoint))
     free = engine.stats().num_free_blocks

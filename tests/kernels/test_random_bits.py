@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nybble.kernels.random_bits import _mix, draw_bits, gumbel
+from nybble.kernels.random_bits import _mix, draw_bits, draw_bits_of, gumbel
 
 STEP, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 EULER_GAMMA = 0.5772156649015329
@@ -74,6 +75,14 @@ def test_neighbours_are_not_correlated(seeds: int, positions: int) -> None:
     values = _square(200)
     here, there = values[: 200 - seeds, : 200 - positions], values[seeds:, positions:]
     assert abs(_correlation(here, there)) < 4
+
+
+def test_many_draws_are_those_one_by_one() -> None:
+    pairs = [(0, 0), (1, 0), (2**63 - 1, 5), (2**64 - 1, 202_751), (12345, 2**40)]
+    seeds = np.array([seed for seed, _ in pairs], dtype=np.uint64)
+    draws = draw_bits_of(seeds, np.array([position for _, position in pairs], dtype=np.int64))
+    assert draws.dtype == np.int64
+    assert draws.tolist() == [draw_bits(*pair) for pair in pairs]
 
 
 def test_seed_and_position_are_not_interchangeable() -> None:

@@ -682,7 +682,7 @@ def _batch(
 
 def _sample(logits: Tensor, batch: SamplingBatch) -> list[int]:
     """Sample every row of the batch from the same logits [V]."""
-    picks = ReferenceOps(torch.float32).sample(logits.expand(len(batch.draws), -1), batch)
+    picks = ReferenceOps(torch.float32).sample(logits.expand(len(batch.draws), -1), batch, len(logits))
     assert picks.dtype == torch.int64
     return picks.tolist()
 
@@ -770,7 +770,7 @@ def test_a_peak_leaves_nothing_to_other_tokens() -> None:
 def test_greedy_takes_the_first_of_equals_and_ignores_the_rest() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, -1.0, 4.0]])
     batch = _batch(2, temperature=0, top_k=3, top_p=0.1, min_p=0.9)
-    assert ReferenceOps(torch.float32).sample(logits, batch).tolist() == [1, 0]
+    assert ReferenceOps(torch.float32).sample(logits, batch, logits.shape[1]).tolist() == [1, 0]
 
 
 def test_greedy_rows_beside_sampled_rows() -> None:
@@ -798,8 +798,8 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
         min_ps=torch.tensor([0.0, 0.1]).repeat(count // 2),
     )
     ops = ReferenceOps(torch.float32)
-    together = ops.sample(logits, mixed).tolist()
-    alone = [ops.sample(logits[row : row + 1], _row(mixed, row)).item() for row in range(count)]
+    together = ops.sample(logits, mixed, logits.shape[1]).tolist()
+    alone = [ops.sample(logits[n : n + 1], _row(mixed, n), logits.shape[1]).item() for n in range(count)]
     assert together == alone
 
 
@@ -817,4 +817,4 @@ def test_a_tiny_temperature_picks_the_likeliest_token(temperature: float) -> Non
         min_ps=torch.zeros(2),
         draws=torch.tensor([3, 4]),
     )
-    assert ReferenceOps(torch.float32).sample(logits, batch).tolist() == [1, 1]
+    assert ReferenceOps(torch.float32).sample(logits, batch, logits.shape[1]).tolist() == [1, 1]

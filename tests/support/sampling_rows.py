@@ -46,7 +46,7 @@ def picks(
 
 
 def reference_picks(logits: Tensor, batch: SamplingBatch, num_token_ids: int | None = None) -> list[int]:
-    return ReferenceOps(torch.float32).sample(logits[:, :num_token_ids], batch).tolist()
+    return ReferenceOps(torch.float32).sample(logits, batch, num_token_ids or logits.shape[1]).tolist()
 
 
 def small_launch(chunk: int = 128, tile: int = 1024) -> SamplingLaunch:
