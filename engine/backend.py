@@ -18,6 +18,7 @@ from nybble.kernels.reference_ops import ReferenceOps
 # 8.0, 10.3 as 10.0, 12.1 as 12.0.
 _TUNED = (80, 90, 100, 120)
 _INTERPRETED_AS = 90
+_OLDEST_WITH_FP8 = 90  # Triton has no conversion from E4M3 below 8.9, which runs as 8.0
 # Triton 3.6 and 3.7 give inline assembly that takes two elements others than neighbours, as was read from
 # their intermediate code: FP8 products, and FP4 products on 10.0 and 12.0, would be wrong.
 _OLDEST_TRITON = (3, 8)
@@ -64,8 +65,38 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     # Here, since Triton is not for every platform, and takes a second to import.
     from nybble.kernels.triton.triton_ops import TritonOps
 
+    return TritonOps(dtype, arch=_kernel_arch(hardware))
+
+
+def resolve_kv_cache_dtype(
+    config: EngineConfig, hardware: Hardware, is_fp8_declared: bool
+) -> Literal["fp32", "bf16", "fp8"]:
+    """Settle "auto" for a config whose backend and dtype are settled.
+
+    An FP8 cache is what the checkpoint's authors meant, where it is read faster for being smaller: by the Triton
+    kernels. The reference, which widens it first, takes it when asked.
+
+    Raises:
+        OptionError: an FP8 cache was asked for and the GPU has no conversion from it.
+    """
+    can_read_fp8 = config.backend == "reference" or _kernel_arch(hardware) >= _OLDEST_WITH_FP8
+    asked = config.cache.kv_cache_dtype
+    if asked == "fp8" and not can_read_fp8:
+        raise OptionError(
+            f"kv_cache_dtype is 'fp8', which the Triton backend reads on compute capability 9.0 or more: "
+            f"{hardware.name} has {hardware.capability / 10}"
+        )
+    if asked != "auto":
+        return asked
+    if is_fp8_declared and can_read_fp8 and config.backend == "triton":
+        return "fp8"
+    return "fp32" if config.dtype == "float32" else "bf16"
+
+
+def _kernel_arch(hardware: Hardware) -> int:
+    """The architecture that kernels are launched as for."""
     capability = hardware.capability or _INTERPRETED_AS
-    return TritonOps(dtype, arch=max(arch for arch in _TUNED if arch <= capability))
+    return max(arch for arch in _TUNED if arch <= capability)
 
 
 def _is_interpreted() -> bool:

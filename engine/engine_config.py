@@ -16,6 +16,13 @@ from nybble.engine.weight_dtypes import WeightDtypes
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
+    kv_cache_dtype: Literal["auto", "fp32", "bf16", "fp8"] = field(
+        default="auto",
+        metadata={
+            "help": "keys and values (auto: fp8 where the checkpoint declares it and Triton runs on a GPU of "
+            "compute capability 9.0 or more, else as activations)"
+        },
+    )
     block_size: int = field(default=16, metadata={"help": "tokens in a KV-cache block"})
     kv_cache_memory: float | None = field(
         default=None,

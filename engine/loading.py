@@ -20,12 +20,14 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.hardware import Hardware, detect
 from nybble.engine.inventory import read_inventory
 from nybble.engine.kv_cache import allocate_kv_cache
+from nybble.engine.kv_scales import KVScales, read_kv_scales
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.messages import EngineReady
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.model_runner import ModelRunner
 from nybble.engine.placement import Placement
+from nybble.engine.quantization_config import read_quantization_config
 from nybble.engine.rank_group import RankGroup
 from nybble.engine.resolution import MemoryPlan, resolve
 from nybble.engine.sampler import Sampler
@@ -84,7 +86,9 @@ def prepare(config: EngineConfig) -> Preparation:
     placement = launched.place(config.parallel.split)
     hardware = detect(config.device, launched)
     inventory = read_inventory(model_config, checkpoint.entries)
-    resolved, memory = resolve(config, inventory, placement, hardware)
+    declared = read_quantization_config(directory)
+    is_fp8_kv_declared = declared is not None and declared.has_fp8_kv_cache
+    resolved, memory = resolve(config, inventory, placement, hardware, is_fp8_kv_declared)
     limits = EngineLimits(
         max_model_len=resolved.max_model_len or model_config.max_position_embeddings,
         num_token_ids=count_token_ids(directory, model_config.vocab_size),
@@ -115,12 +119,20 @@ def load_worker(
         on_layer=on_layer,
     )
     model = Glm4Moe(model_config, weights, ops, device, group.all_reduce)
-    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops, device)
+    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops, device, _kv_scales(preparation))
     worker = Worker(model_config, model, kv_cache, group, device, dtype)
     if not config.enforce_eager:
         max_blocks = -(-preparation.limits.max_model_len // preparation.limits.block_size)
         worker.record_decode_graphs(record_cuda_graph, config.scheduler.max_num_seqs, max_blocks)
     return worker
+
+
+def _kv_scales(preparation: Preparation) -> tuple[KVScales, ...]:
+    """Of the rank's layers; none for a cache that has no use for them."""
+    if preparation.config.cache.kv_cache_dtype != "fp8":
+        return ()
+    layers = preparation.placement.layers(preparation.model_config.num_hidden_layers)
+    return read_kv_scales(preparation.checkpoint, layers)
 
 
 def build_engine(preparation: Preparation, worker: Worker[Any], group: RankGroup) -> Engine:

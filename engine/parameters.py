@@ -189,12 +189,23 @@ def _check_parameter(parameter: Parameter, entries: Mapping[str, TensorEntry]) -
     else:
         check_entry(entries[parameter.name], (parameter.shape,), FLOAT_DTYPES)
         yield parameter.name
-    # Scales of an FP8 KV cache, one a layer, ride with the projections that produce K and V.
-    for owner, scale in (("k_proj.weight", "k_proj.k_scale"), ("v_proj.weight", "v_proj.v_scale")):
-        name = parameter.name.removesuffix(owner) + scale
-        if parameter.name.endswith(owner) and name in entries:
-            check_entry(entries[name], ((), (1,)), ("F32", "BF16"))
-            yield name
+    yield from _check_kv_scale(parameter.name, entries)
+
+
+def _check_kv_scale(weight: str, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """The scale of an FP8 KV cache, one a layer, that may ride with the projection of keys or of values."""
+    match = re.fullmatch(r"(.*\.self_attn)\.([kv])_proj\.weight", weight)
+    found = [name for name in kv_scale_names(*match.groups()) if name in entries] if match else []
+    for name in found:
+        check_entry(entries[name], ((), (1,)), ("F32", "BF16"))
+    if len(found) > 1:
+        raise CheckpointError(f"{entries[found[0]]}: stands beside {found[1]!r}, which means the same")
+    yield from found
+
+
+def kv_scale_names(attention: str, letter: str) -> tuple[str, str]:
+    """Under which names the module `attention` may store a scale of its keys ("k") or values ("v")."""
+    return f"{attention}.{letter}_proj.{letter}_scale", f"{attention}.{letter}_scale"
 
 
 def _some(names: list[str], limit: int = 5) -> str:

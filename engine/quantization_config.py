@@ -44,11 +44,13 @@ _COMPRESSED = {
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """layouts: those that quantized matrices may be in; ignored: patterns of modules that stay float."""
+    """layouts: those that quantized matrices may be in; ignored: patterns of modules that stay float;
+    has_fp8_kv_cache: whether keys and values are meant to be cached in FP8."""
 
     method: str
     layouts: tuple[Layout, ...]
     ignored: tuple[str, ...]
+    has_fp8_kv_cache: bool = False
 
     def is_ignored(self, module: str) -> bool:
         return bool(self.ignored) and self._ignored.match(module) is not None
@@ -113,12 +115,14 @@ def _parse(fields: dict[str, Any]) -> QuantizationConfig:
 
 def _parse_modelopt(fields: dict[str, Any]) -> QuantizationConfig:
     layouts = _choose("quant_algo", fields.get("quant_algo"), _MODELOPT)
-    return QuantizationConfig("modelopt", layouts, _patterns(fields, "ignore"))
+    has_fp8_kv_cache = fields.get("kv_cache_quant_algo") == "FP8" or _is_fp8_scheme(fields)
+    return QuantizationConfig("modelopt", layouts, _patterns(fields, "ignore"), has_fp8_kv_cache)
 
 
 def _parse_compressed(fields: dict[str, Any]) -> QuantizationConfig:
     layouts = _choose("format", fields.get("format"), _COMPRESSED)
-    return QuantizationConfig("compressed-tensors", layouts, _patterns(fields, "ignore"))
+    ignored, has_fp8_kv_cache = _patterns(fields, "ignore"), _is_fp8_scheme(fields)
+    return QuantizationConfig("compressed-tensors", layouts, ignored, has_fp8_kv_cache)
 
 
 def _parse_quark(fields: dict[str, Any]) -> QuantizationConfig:
@@ -129,6 +133,15 @@ def _parse_quark(fields: dict[str, Any]) -> QuantizationConfig:
             f"the only supported kind, but {weight!r}"
         )
     return QuantizationConfig("quark", (QUARK_MXFP4,), _patterns(fields, "exclude"))
+
+
+def _is_fp8_scheme(fields: dict[str, Any]) -> bool:
+    """Whether `kv_cache_scheme` is FP8 with one scale a tensor. Other kinds are cached as floats."""
+    scheme = fields.get("kv_cache_scheme")
+    if not isinstance(scheme, dict):
+        return False
+    kind = scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy", "tensor")
+    return kind == (8, "float", "tensor")
 
 
 def _choose(name: str, value: object, known: Mapping[str, tuple[Layout, ...]]) -> tuple[Layout, ...]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nybble.engine.backend import resolve_backend
+from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype
 from nybble.engine.capacity import make_plan
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.gpu_specs import GIB, GpuSet
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import EXPERTS, KV_ITEM_BYTES, Inventory, KVDtype
-from nybble.engine.kv_cache import CacheGeometry
+from nybble.engine.inventory import EXPERTS, Inventory, KVDtype
+from nybble.engine.kv_cache import KV_TORCH_DTYPES, CacheGeometry
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.placement import Placement
 
@@ -37,9 +37,15 @@ class MemoryPlan:
 
 
 def resolve(
-    config: EngineConfig, inventory: Inventory, placement: Placement, hardware: Hardware
+    config: EngineConfig,
+    inventory: Inventory,
+    placement: Placement,
+    hardware: Hardware,
+    is_fp8_kv_declared: bool = False,
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Settle every open option for the rank at `placement`.
+
+    is_fp8_kv_declared: whether the checkpoint wants its keys and values in FP8
 
     Raises:
         OptionError: an option is out of range, the model cannot be split so, or weights and cache do not
@@ -59,29 +65,36 @@ def resolve(
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
     )
-    memory = _plan_memory(resolved, inventory, placement, hardware)
+    kv_dtype = resolve_kv_cache_dtype(resolved, hardware, is_fp8_kv_declared)
+    memory = _plan_memory(resolved, kv_dtype, inventory, placement, hardware)
     gib = round(memory.cache_geometry.num_bytes / GIB, 3)
-    return replace(resolved, cache=replace(config.cache, kv_cache_memory=gib)), memory
+    return replace(
+        resolved, cache=replace(config.cache, kv_cache_dtype=kv_dtype, kv_cache_memory=gib)
+    ), memory
 
 
 def _plan_memory(
-    config: EngineConfig, inventory: Inventory, placement: Placement, hardware: Hardware
+    config: EngineConfig,
+    kv_dtype: KVDtype,
+    inventory: Inventory,
+    placement: Placement,
+    hardware: Hardware,
 ) -> MemoryPlan:
     """`nybble plan` for this machine, with the weights as the backend holds them."""
     max_model_len = config.max_model_len or 0
-    kv_dtype: KVDtype = "fp32" if config.dtype == "float32" else "bf16"
-    item_bytes = KV_ITEM_BYTES[kv_dtype]
     gpus = GpuSet(placement.split.num_ranks, hardware.spec)
     held = inventory.without_draft().recast(config.weights)
     if config.backend == "reference":
-        held = held.dequantized(item_bytes)
+        held = held.dequantized(item_bytes=4 if config.dtype == "float32" else 2)
     else:
         _check_expert_kernels(held)
     plan = make_plan(held, gpus, max_model_len, kv_dtype, placement.split)
     if plan.shortfall is not None:
         raise OptionError(str(plan.shortfall))
     weight_bytes = plan.best.stages[placement.stage].rank_bytes
-    geometry = CacheGeometry.of(inventory.config, placement, item_bytes, config.cache.block_size)
+    geometry = CacheGeometry.of(
+        inventory.config, placement, KV_TORCH_DTYPES[kv_dtype], config.cache.block_size
+    )
     cache_bytes = _cache_bytes(config, hardware, weight_bytes)
     geometry = replace(geometry, num_blocks=cache_bytes // geometry.block_bytes)
     _check_cache(geometry, max_model_len, weight_bytes, hardware)

@@ -102,7 +102,7 @@ def _hidden(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> 
     ops = ReferenceOps(dtype)
     weights = load_weights(checkpoint, config, ops, _CPU, dtype)
     model = Glm4Moe(config, weights, ops, _CPU)
-    geometry = CacheGeometry.of(config, Placement(), dtype.itemsize, block_size=_NUM_TOKENS, num_blocks=1)
+    geometry = CacheGeometry.of(config, Placement(), dtype, block_size=_NUM_TOKENS, num_blocks=1)
     random = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, config.vocab_size, (_NUM_TOKENS,), generator=random).tolist()
     plan = StepPlan((Chunk("self-test", token_ids, 0, [0], SamplingParams(max_tokens=1)),))

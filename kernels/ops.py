@@ -144,7 +144,8 @@ class RotaryAngles:
 class KVCacheLayer:
     """Paged keys (after norm and rotation) and values, in the layout of the backend that made it.
 
-    key_scale, value_scale: float32 [1], by which what an FP8 cache holds is multiplied; None is 1.
+    key_scale, value_scale: float32 [1], by which what an FP8 cache holds is multiplied; None is 1. What lies
+    beyond the largest code, 448 times the scale, is stored as that.
     """
 
     keys: Tensor
@@ -197,9 +198,18 @@ class Ops(Protocol[W]):
         """The backend's form of a router; called once for each."""
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> KVCacheLayer:
-        """A layer's cache, uninitialised: unused host pages cost nothing."""
+        """A layer's cache, uninitialised: unused host pages cost nothing.
+
+        dtype: floats, or float8_e4m3fn with scales of 1, to be replaced before anything is stored.
+        """
 
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         """[T, H]: the rows of token_ids int64 [T], zeros for those that the table does not hold."""

@@ -31,6 +31,8 @@ from nybble.kernels.quantized_tensor import QuantizedTensor
 from nybble.kernels.random_bits import gumbel
 from nybble.kernels.token_logprobs import Logprobs, token_logprobs
 
+_E4M3_MAX = 448.0
+
 
 class ReferenceOps:
     """`Ops` whose weights are tensors of `dtype`. See `Ops` for every argument's shape."""
@@ -49,11 +51,17 @@ class ReferenceOps:
         return router
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> KVCacheLayer:
         """keys, values: [num_blocks, block_size, num_kv_heads, D]."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2))
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         return KVCacheLayer(keys=keys, values=values)
 
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
@@ -83,7 +91,7 @@ class ReferenceOps:
         outputs = []
         starts, lengths = batch.query_starts.tolist(), batch.context_lengths.tolist()
         for sequence, length in enumerate(lengths):
-            keys, values = gather_context(cache, batch.block_tables[sequence], length)
+            keys, values = gather_context(cache, batch.block_tables[sequence], length, query.dtype)
             queries = query[starts[sequence] : starts[sequence + 1]]
             outputs.append(causal_attention(queries, keys, values))
         return torch.cat(outputs).flatten(1)
@@ -161,15 +169,33 @@ def rotate(x: Tensor, angles: RotaryAngles) -> Tensor:
 
 def store_kv(key: Tensor, value: Tensor, cache: KVCacheLayer, slots: Tensor) -> None:
     """Write key and value [T, num_kv_heads, D] to the cache at slots [T]."""
-    cache.keys.flatten(0, 1).index_copy_(0, slots, key.to(cache.keys.dtype))
-    cache.values.flatten(0, 1).index_copy_(0, slots, value.to(cache.values.dtype))
+    for stored, new, scale in (
+        (cache.keys, key, cache.key_scale),
+        (cache.values, value, cache.value_scale),
+    ):
+        if stored.dtype == torch.float8_e4m3fn:  # which torch can cast and not copy by index
+            stored, new = stored.view(torch.uint8), to_fp8(new, scale).view(torch.uint8)
+        stored.flatten(0, 1).index_copy_(0, slots, new.to(stored.dtype))
 
 
-def gather_context(cache: KVCacheLayer, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` keys and values [length, num_kv_heads, D] that a block table [n] maps."""
+def to_fp8(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x over a scale, float32 [1] or None for 1, in E4M3; what is too large is the largest, 448."""
+    wide = x.float() if scale is None else x.float() * scale.reciprocal()
+    return wide.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def gather_context(
+    cache: KVCacheLayer, block_table: Tensor, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The first `length` keys and values that a block table [n] maps: `dtype` [length, num_kv_heads, D]."""
     block_size = cache.keys.shape[1]
     blocks = block_table[: -(-length // block_size)]
-    return cache.keys[blocks].flatten(0, 1)[:length], cache.values[blocks].flatten(0, 1)[:length]
+    keys, values = (stored[blocks].flatten(0, 1)[:length] for stored in (cache.keys, cache.values))
+    return _unscaled(keys, cache.key_scale, dtype), _unscaled(values, cache.value_scale, dtype)
+
+
+def _unscaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return stored.to(dtype) if scale is None else (stored.float() * scale).to(dtype)
 
 
 def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -185,8 +211,8 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         mask = ones.tril(diagonal=context - tokens)
     attended = F.scaled_dot_product_attention(
         query.transpose(0, 1).unsqueeze(0),
-        keys.to(query.dtype).transpose(0, 1).unsqueeze(0),
-        values.to(query.dtype).transpose(0, 1).unsqueeze(0),
+        keys.transpose(0, 1).unsqueeze(0),
+        values.transpose(0, 1).unsqueeze(0),
         attn_mask=mask,
         enable_gqa=True,
     )

@@ -71,7 +71,7 @@ def store_qkv(
     [T, num_heads, D], rotated, in the activation dtype, which is that of `angles`.
 
     qkv: in the activation dtype or float32, its rows at any distance; bias: one row to add, or None
-    keys: [num_blocks, num_kv_heads, block_size, D], in the activation dtype or float8_e4m3fn
+    keys: [num_blocks, num_kv_heads, block_size, D], of floats or float8_e4m3fn
     values: as keys; if `values_transposed`, [num_blocks, num_kv_heads, D, block_size]
     slots: int64 [T]; block * block_size + offset, or negative for a token to leave out
     key_scale, value_scale: float32 [1], by which what is stored is divided; None divides by nothing

@@ -79,10 +79,16 @@ class TritonOps:
         return replace(router, weight=activation_order.to_fragment_order(padded))
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> KVCacheLayer:
         """keys, values: see `kv_cache_layout`."""
-        cache = new_head_major(num_blocks, num_kv_heads, block_size, head_dim, self.dtype, device)
+        cache = new_head_major(num_blocks, num_kv_heads, block_size, head_dim, dtype, device)
         one = torch.ones(1, device=device)
         return replace(cache, key_scale=one, value_scale=one)
 

@@ -331,7 +331,9 @@ def test_columns_that_are_no_whole_blocks() -> None:
 # Scales of the KV cache, draft layers.
 
 
-@pytest.mark.parametrize("names", [["k_proj.k_scale"], ["k_proj.k_scale", "v_proj.v_scale"]])
+@pytest.mark.parametrize(
+    "names", [["k_proj.k_scale"], ["k_proj.k_scale", "v_proj.v_scale"], ["k_scale", "v_scale"]]
+)
 def test_kv_scales_are_accepted_in_any_layer(names: list[str]) -> None:
     config = _config()
     entries = _entries(config)
@@ -356,6 +358,13 @@ def test_wrong_kv_scales_are_named(name: str, shape: tuple[int, ...], dtype: str
     refusal = _refusal(config, _entries(config) | {name: _entry(name, shape, dtype)})
     assert name in refusal
     assert message in refusal
+
+
+def test_two_names_of_one_kv_scale_are_refused() -> None:
+    config, attention = _config(), "model.layers.1.self_attn"
+    names = f"{attention}.v_proj.v_scale", f"{attention}.v_scale"
+    entries = _entries(config) | {name: _entry(name, (), "F32") for name in names}
+    assert f"{names[0]!r}: stands beside {names[1]!r}" in _refusal(config, entries)
 
 
 def test_draft_layers_are_set_aside_unchecked() -> None:

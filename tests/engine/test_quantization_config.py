@@ -44,6 +44,7 @@ def test_the_official_checkpoint(tmp_path: Path) -> None:
     assert declared.is_ignored(QUERY) and declared.is_ignored("lm_head")
     assert declared.is_ignored("model.layers.92.mlp.experts.0.up_proj")
     assert not declared.is_ignored(EXPERT)
+    assert declared.has_fp8_kv_cache
 
 
 def test_the_older_file_of_modelopt(tmp_path: Path) -> None:
@@ -54,6 +55,34 @@ def test_the_older_file_of_modelopt(tmp_path: Path) -> None:
     assert declared is not None
     assert (declared.method, declared.layouts) == ("modelopt", (MODELOPT_NVFP4,))
     assert declared.is_ignored(QUERY) and not declared.is_ignored(EXPERT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, True),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}}, True),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "attn_head"}}, False),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, False),
+        ({"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, False),
+        ({"kv_cache_scheme": None}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("method", ["modelopt", "compressed-tensors"])
+def test_the_kv_cache(tmp_path: Path, method: str, fields: dict[str, Any], expected: bool) -> None:
+    kind = {"quant_algo": "NVFP4"} if method == "modelopt" else {"format": "nvfp4-pack-quantized"}
+    declared = _declare(tmp_path, {"quant_method": method} | kind | fields)
+    assert declared is not None and declared.has_fp8_kv_cache is expected
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [("FP8", True), ("NVFP4", False), (None, False)])
+def test_the_kv_cache_in_the_older_file(tmp_path: Path, algorithm: str | None, expected: bool) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": algorithm}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    declared = read_quantization_config(tmp_path)
+    assert declared is not None and declared.has_fp8_kv_cache is expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nybble.engine.engine_config import CacheConfig, EngineConfig, SchedulerConfig
 from nybble.engine.errors import OptionError
@@ -81,13 +82,29 @@ def test_dtype(hardware: Hardware, asked: Any, expected: str, item_bytes: int) -
     resolved, memory = _resolve(replace(CONFIG, dtype=asked), hardware)
     assert (resolved.dtype, resolved.device) == (expected, hardware.device)
     assert memory.weight_bytes == 1000 * item_bytes
-    assert memory.cache_geometry.item_bytes == item_bytes
+    assert memory.cache_geometry.dtype.itemsize == item_bytes
+    assert resolved.cache.kv_cache_dtype == {4: "fp32", 2: "bf16"}[item_bytes]
+
+
+@pytest.mark.parametrize(("asked", "item_bytes"), [("fp32", 4), ("bf16", 2), ("fp8", 1)])
+def test_the_cache_dtype_that_is_asked_for_is_planned(asked: Any, item_bytes: int) -> None:
+    resolved, memory = _resolve(_with_cache(kv_cache_dtype=asked, kv_cache_memory=1.0))
+    assert (resolved.cache.kv_cache_dtype, resolved.dtype) == (asked, "float32")
+    assert memory.cache_geometry.num_blocks == GIB // (16 * 1024 * item_bytes)
+    assert memory.weight_bytes == 4000
+
+
+def test_a_long_context_fits_in_fp8_that_does_not_in_bf16() -> None:
+    memory = 1000 * 1024 * 1.5 / GIB
+    with pytest.raises(OptionError, match=r"lower max_model_len or raise kv_cache_memory"):
+        _resolve(_with_cache(kv_cache_dtype="bf16", kv_cache_memory=memory))
+    assert _resolve(_with_cache(kv_cache_dtype="fp8", kv_cache_memory=memory))[0].max_model_len == 1000
 
 
 def test_the_cache_has_the_models_shape() -> None:
     _, memory = _resolve(_with_cache(block_size=32, kv_cache_memory=1.0))
     assert memory.cache_geometry == CacheGeometry(
-        num_layers=4, num_kv_heads=2, head_dim=64, item_bytes=4, block_size=32, num_blocks=8192
+        num_layers=4, num_kv_heads=2, head_dim=64, dtype=torch.float32, block_size=32, num_blocks=8192
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from closeness import assert_close
 from torch import Tensor
 from transformers import Glm4MoeConfig
@@ -41,10 +42,12 @@ from nybble.kernels.reference_ops import (
     ReferenceOps,
     causal_attention,
     experts,
+    gather_context,
     mlp,
     rms_norm,
     rotate,
     route,
+    store_kv,
 )
 
 FLOAT32 = {"max_error": 2e-5, "rms_error": 2e-6}
@@ -503,6 +506,65 @@ def test_paged_attention_in_a_poisoned_cache(
     actual = ReferenceOps(dtype).paged_attention(query, cache, batch)
     assert actual.dtype == dtype
     assert_close(actual, torch.cat(expected), **tolerance)
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("key_scale", "value_scale"), [(None, None), (0.02, 0.5), (3.0, 1e-3)])
+def test_an_fp8_cache_holds_the_nearest_code(key_scale: float | None, value_scale: float | None) -> None:
+    """Codes and the way back, over every finite E4M3 number and the middles between them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    codes = codes[codes.isfinite()].unique()
+    numbers = torch.cat((codes, (codes[1:] + codes[:-1]) / 2 * 1.001))
+    numbers = F.pad(numbers, (0, -len(numbers) % 8)).view(-1, 1, 8)
+    cache = KVCacheLayer(
+        *(torch.empty(len(numbers), 1, 1, 8, dtype=FP8) for _ in range(2)),
+        *(None if scale is None else torch.tensor([scale]) for scale in (key_scale, value_scale)),
+    )
+    scales = [1.0 if scale is None else scale for scale in (key_scale, value_scale)]
+    store_kv(numbers * scales[0], numbers * scales[1], cache, torch.arange(len(numbers)))
+    table = torch.arange(len(numbers))
+    for found, scale in zip(gather_context(cache, table, len(numbers), torch.float32), scales, strict=True):
+        nearest = (numbers[..., None].double() - codes.double()).abs().min(dim=-1).values
+        error = (found.double() / scale - numbers.double()).abs()
+        assert (error <= nearest + 1e-6 * numbers.abs()).all()
+
+
+def test_an_fp8_cache_saturates() -> None:
+    cache = KVCacheLayer(
+        torch.empty(1, 2, 1, 2, dtype=FP8), torch.empty(1, 2, 1, 2, dtype=FP8), None, torch.tensor([0.5])
+    )
+    large = torch.tensor([[[449.0, -1e30]], [[torch.inf, 460.0]]])
+    store_kv(large, large, cache, torch.tensor([0, 1]))
+    keys, values = gather_context(cache, torch.tensor([0]), 2, torch.float32)
+    assert keys.flatten().tolist() == [448, -448, 448, 448]
+    assert values.flatten().tolist() == [224, -224, 224, 224]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_over_an_fp8_cache(dtype: torch.dtype) -> None:
+    """Against float64 over what was stored: a code is off by at most 1/16, at random; softmax averages."""
+    context, scales = 300, (torch.tensor([0.03]), torch.tensor([0.01]))
+    cache = KVCacheLayer(*(torch.empty(20, BLOCK_SIZE, 2, 64, dtype=FP8) for _ in range(2)), *scales)
+    keys, values = (_normal(context, 2, 64, seed=seed, dtype=dtype) for seed in (1, 2))
+    blocks = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(context)
+    store_kv(keys, values, cache, blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE)
+    query = _normal(5, 6, 64, dtype=dtype)
+    batch = AttentionBatch(
+        query_starts=torch.tensor([0, 5], dtype=torch.int32),
+        context_lengths=torch.tensor([context], dtype=torch.int32),
+        block_tables=blocks.int().unsqueeze(0),
+        slots=torch.empty(0, dtype=torch.int64),
+        query_lengths=(5,),
+    )
+    actual = ReferenceOps(dtype).paged_attention(query, cache, batch)
+    assert actual.dtype == dtype
+    expected = _attend(query, keys, values).flatten(1)
+    assert_close(actual, expected, max_error=0.3, rms_error=0.05)
+    exact = _attend(query, *gather_context(cache, blocks, context, torch.float32)).flatten(1)
+    assert_close(actual, exact, **(FLOAT32 if dtype == torch.float32 else BFLOAT16))
 
 
 def test_a_shared_prefix_is_read_by_both() -> None:

@@ -38,7 +38,7 @@ def on_the_device() -> Iterator[None]:
 def launches_of_a_layer(arch: int, *query_lengths: int, weights: MoeWeights[Matrix]) -> list[KernelLaunch]:
     """What a sparse layer of GLM-4.7 launches, between two layers."""
     ops = TritonOps(torch.bfloat16, arch)
-    cache = ops.new_kv_cache(8, 64, meta_glm.KV_HEADS, meta_glm.HEAD_DIM, meta_glm.META)
+    cache = ops.new_kv_cache(8, 64, meta_glm.KV_HEADS, meta_glm.HEAD_DIM, torch.bfloat16, meta_glm.META)
     batch, attention = meta_glm.batch(*query_lengths), meta_glm.attention(arch)
     num_tokens = sum(query_lengths)
     hidden, update = (meta_glm.empty(num_tokens, meta_glm.HIDDEN) for _ in range(2))
@@ -174,7 +174,7 @@ def test_norm_and_linear_are_the_references(width: int, is_quantized: bool) -> N
 def test_attention_output_takes_what_attention_gives() -> None:
     """In fragment order, padded: 3 heads of 16 are not whole blocks of 64."""
     ops = TritonOps(torch.float32, 90)
-    cache = ops.new_kv_cache(4, 16, 1, 16, DEVICE)
+    cache = ops.new_kv_cache(4, 16, 1, 16, torch.float32, DEVICE)
     cache.keys.normal_(), cache.values.normal_()
     query = torch.randn(3, 3, 16, device=DEVICE)
     batch = replace(
@@ -211,3 +211,15 @@ def test_the_engine_serves_the_references_tokens(checkpoints: dict[str, Path], n
         events = run(tiny_engine(replace(config, backend=backend)), *requests)
         answers.append({name: tokens(listed) for name, listed in events.items()})
     assert answers[0] == answers[1]
+
+
+def test_the_engine_serves_the_references_tokens_from_an_fp8_cache(checkpoints: dict[str, Path]) -> None:
+    config = tiny_config(checkpoints["nvfp4"], max_num_batched_tokens=12, max_num_seqs=4)
+    cache = replace(config.cache, kv_cache_dtype="fp8")
+    config = replace(config, device=DEVICE.type, dtype="float32", cache=cache)
+    asked = request("a", random_prompt(14, 14), max_tokens=4)
+    reference, triton = (
+        tokens(run(tiny_engine(replace(config, backend=backend)), asked)["a"])
+        for backend in ("reference", "triton")
+    )
+    assert reference == triton
