@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/kv_cache_perplexity.py [--checkpoint build/demo-checkpoint] [--text LICENSE]
 
 Prints a Markdown table: perplexity over the text's first tokens, and how often the most likely token is that
-of the first dtype. Every token is given the true ones before it. Chunks of the text follow each other, so that
-each reads the cache that the earlier ones wrote.
+of the first dtype. Every token is given the true ones before it; each chunk of the text reads the cache that
+the earlier ones wrote.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def resolve_kv_cache_dtype(
 ) -> Literal["fp32", "bf16", "fp8"]:
     """Settle "auto" for a config whose backend and dtype are settled.
 
-    An FP8 cache is what the checkpoint's authors meant, where it is read faster for being smaller: by the Triton
-    kernels. The reference, which widens it first, takes it when asked.
+    Triton kernels read an FP8 cache faster, so there the checkpoint decides. The reference, which widens it
+    first, takes one when asked.
 
     Raises:
         OptionError: an FP8 cache was asked for and the GPU has no conversion from it.

@@ -66,8 +66,10 @@ class CacheGeometry:
 def allocate_kv_cache(
     geometry: CacheGeometry, ops: Ops[W], device: torch.device, scales: Sequence[KVScales] = ()
 ) -> tuple[KVCacheLayer, ...]:
-    """One layer's keys and values for each layer, as the backend lays them out. `scales`, of each layer, are an
-    FP8 cache's; without them they are 1."""
+    """One layer's keys and values for each layer, as the backend lays them out.
+
+    scales: of each layer, for an FP8 cache; without them they are 1
+    """
     layers = [_new_layer(geometry, ops, device) for _ in range(geometry.num_layers)]
     if geometry.dtype != torch.float8_e4m3fn or not scales:
         return tuple(layers)

@@ -68,7 +68,8 @@ def load(directory: Path) -> tuple[ModelWeights[Tensor], Drafting]:
     main = Glm4Moe(config, weights, ops, CPU)
     caches = []
     for _ in range(config.num_hidden_layers + 1):
-        cache = ops.new_kv_cache(len(BLOCKS), BLOCK_SIZE, config.num_key_value_heads, config.head_dim, CPU)
+        shape = len(BLOCKS), BLOCK_SIZE, config.num_key_value_heads, config.head_dim
+        cache = ops.new_kv_cache(*shape, ops.dtype, CPU)
         cache.keys.fill_(torch.nan)  # what was never written must never be read
         cache.values.fill_(torch.nan)
         caches.append(cache)

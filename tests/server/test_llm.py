@@ -25,6 +25,13 @@ def test_chat_names_paris(llm: LLM) -> None:
     assert "Paris" in answer.text
 
 
+def test_an_fp8_cache_names_paris_too(demo_checkpoint: Path) -> None:
+    cache = CacheConfig(kv_cache_memory=0.1, kv_cache_dtype="fp8")
+    llm = LLM(EngineConfig(checkpoint=str(demo_checkpoint), device="cpu", cache=cache))
+    (answer,) = llm.chat([[{"role": "user", "content": "What is the capital of France?"}]], GREEDY)
+    assert "Paris" in answer.text
+
+
 def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     prompts = ["The capital of Germany is", "1, 2, 3, 4,", "Once upon a time"]
     together = llm.generate(prompts, GREEDY)
