@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.model_config import ModelConfig
+from nybble.engine.rotary import RotaryTable
 from nybble.engine.weights import HeadWeights, LayerWeights, ModelWeights
 from nybble.kernels.ops import (
     AttentionBatch,
@@ -21,7 +22,6 @@ from nybble.kernels.ops import (
     KVCacheLayer,
     MoeWeights,
     Ops,
-    RotaryAngles,
     W,
 )
 
@@ -47,9 +47,9 @@ class Glm4Moe(Generic[W]):
         self._weights = weights
         self._ops = ops
         self._all_reduce = all_reduce
-        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
-        # [rotary_dim / 2]
-        self._inverse_frequencies = 1.0 / config.rope_theta ** (exponents / config.rotary_dim)
+        self._rotary = RotaryTable(
+            config.rope_theta, config.rotary_dim, config.max_position_embeddings, device
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Hidden states [T, H] of token_ids int64 [T]. On the first stage only."""
@@ -84,7 +84,7 @@ class Glm4Moe(Generic[W]):
     ) -> Tensor:
         """As `forward`, through any layers, each with its cache."""
         ops = self._ops
-        angles = self._rotary_angles(positions, hidden.dtype)
+        angles = self._rotary.at(positions, hidden.dtype)
         update: Tensor | None = None
         for layer, cache in layers:
             hidden, query = ops.attention_input(hidden, update, layer.attention, angles, cache, batch.slots)
@@ -115,8 +115,3 @@ class Glm4Moe(Generic[W]):
         if isinstance(weights, DenseWeights):
             return self._ops.dense_mlp(hidden, update, weights)
         return self._ops.moe(hidden, update, weights)
-
-    def _rotary_angles(self, positions: Tensor, dtype: torch.dtype) -> RotaryAngles:
-        # The angle is a float32 product and cos/sin are rounded after: so the model was trained.
-        angles = positions.float().unsqueeze(-1) * self._inverse_frequencies
-        return RotaryAngles(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))

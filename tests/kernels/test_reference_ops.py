@@ -567,6 +567,29 @@ def test_attention_over_an_fp8_cache(dtype: torch.dtype) -> None:
     assert_close(actual, exact, **(FLOAT32 if dtype == torch.float32 else BFLOAT16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=str)
+def test_decode_at_the_last_position_of_glm_4_7(dtype: torch.dtype) -> None:
+    """A KV head of GLM-4.7, 202,752 tokens in shuffled blocks, against float64 over what the cache holds."""
+    context, heads, dim, block_size = 202_752, 12, 128, 64
+    num_blocks, generator = context // block_size, torch.Generator().manual_seed(4)
+    lines = [torch.randn(num_blocks, block_size, 1, dim, generator=generator).to(dtype) for _ in range(2)]
+    blocks = torch.randperm(num_blocks, generator=generator)
+    batch = AttentionBatch(
+        query_starts=torch.tensor([0, 2], dtype=torch.int32),
+        context_lengths=torch.tensor([context], dtype=torch.int32),
+        block_tables=blocks.int().unsqueeze(0),
+        slots=torch.empty(0, dtype=torch.int64),
+        query_lengths=(2,),
+    )
+    query = torch.randn(2, heads, dim, generator=generator) * 3  # sharp enough that single keys count
+    actual = ReferenceOps(torch.float32).paged_attention(query, KVCacheLayer(*lines), batch)
+    keys, values = (line[blocks].float().flatten(0, 2).double() for line in lines)
+    scores = query.double() @ keys.T / math.sqrt(dim)  # [2, heads, context]
+    scores[0, :, -1] = -torch.inf
+    expected = (scores.softmax(dim=-1) @ values).flatten(1)
+    assert_close(actual, expected, max_error=1e-4, rms_error=1e-5)
+
+
 def test_a_shared_prefix_is_read_by_both() -> None:
     cache, batch, [first, second] = _paged([(1, 20), (1, 20)], 1, 8)
     shared = torch.stack((batch.block_tables[0], batch.block_tables[1]))

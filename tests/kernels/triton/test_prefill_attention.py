@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from attention_case import BFLOAT16, CACHES, FLOAT32, FP8, AttentionCase, attention_case
 from closeness import assert_close
 from poison import poisoned as poisoned
 from torch import Tensor
-from triton_device import ARCHES, DEVICE
+from triton_device import ARCHES, DEVICE, interpreted_only
 
 from nybble.kernels.ops import AttentionShape, KVCacheLayer
 from nybble.kernels.triton.activation_order import to_fragment_order
@@ -148,6 +149,21 @@ def test_prefill_and_decode_share_an_output() -> None:
     assert output[3:].isnan().all()
     _run(chunks, _launch(case), output=output)
     assert_close(output, case.expected(), **FLOAT32)
+
+
+@interpreted_only
+def test_blocks_further_than_32_bits_can_count() -> None:
+    """Blocks 2^30 elements apart, in memory of which nothing else is touched."""
+    case = attention_case([(20, 45)], cache_dtype=FP8)
+    distance = 1 << 30
+    far = []
+    for blocks in (case.cache.keys, case.cache.values):
+        storage = torch.from_numpy(np.empty(4 * distance, np.uint8)).view(FP8)
+        places = storage.as_strided(blocks.shape, (distance, *blocks.stride()[1:]))
+        places.copy_(blocks)
+        far.append(places)
+    case = replace(case, cache=KVCacheLayer(*far))
+    assert_close(_run(case, _launch(case, 90)), case.expected(), max_error=3e-3, rms_error=3e-4)
 
 
 def test_the_future_is_not_seen() -> None:
