@@ -55,7 +55,6 @@ class Engine:
         self._recorder = StatsRecorder(clock)
         self._scheduler = scheduler
         self._limits = limits
-        self._active: set[str] = set()
 
     @property
     def has_work(self) -> bool:
@@ -71,14 +70,12 @@ class Engine:
         sampling = request.sampling
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-        self._active.add(request.request_id)
         self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
         rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids)
         self._scheduler.add(Sequence(request, sampling, self._limits.block_size, rules))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
-        self._active.discard(request_id)
         self._recorder.request_ended(request_id, "abort")
         self._scheduler.abort(request_id)
 
@@ -93,7 +90,6 @@ class Engine:
         seconds = self._clock() - start
         events = self._scheduler.update(plan, sampled)
         self._recorder.step_done(plan, seconds, events)
-        self._active.difference_update(event.request_id for event in events if event.finish_reason)
         return events
 
     def stats(self) -> EngineStats:
@@ -105,7 +101,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         prompt = request.prompt_token_ids
-        if request.request_id in self._active:
+        if request.request_id in self._scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
         if not prompt:
             raise InvalidRequestError("the prompt is empty", "prompt")

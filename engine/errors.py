@@ -6,6 +6,7 @@ NybbleError
 ├── OptionError          an option that cannot be satisfied on this machine
 ├── InvalidRequestError  a request that the engine refuses, naming its parameter
 │   └── ContextLengthError   prompt and answer together are longer than the context
+├── QueueFullError       too many requests wait already; says when to come again
 └── EngineDeadError      the engine process ended; the request was lost with it
 """
 
@@ -54,6 +55,14 @@ class ContextLengthError(InvalidRequestError):
                 f"{limit} tokens; at most {limit - num_prompt_tokens} are left",
                 "max_tokens",
             )
+
+
+class QueueFullError(NybbleError):
+    """A request that came while too many were waiting. `retry_after`: seconds until it may be tried again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineDeadError(NybbleError):

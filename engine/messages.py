@@ -41,11 +41,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 
 
 class Request(Struct, frozen=True, kw_only=True, tag=True):
-    """Generate after a prompt."""
+    """Generate after a prompt.
+
+    priority: lower is sooner; tenant: whose request it is, among whom turns are fair.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0
+    tenant: str = ""
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag=True):

@@ -1,23 +1,39 @@
 """Which sequences run in the next step, with how many tokens each.
 
-Continuous batching: each step gives every decoding sequence its one token, then spends the rest of
-the token budget on prompts, in order of arrival, in chunks. When blocks run out, the sequence that
-was admitted last is preempted: its blocks are released and it waits at the head of the queue, to be
-computed again (largely from the prefix cache). A decoding sequence's drafts run along with its token
-while there are budget and blocks for them. The scheduler sees integers only.
+Continuous batching under a budget of tokens a step:
+
+1. Each decoding sequence gets its one token, and drafts along with it while budget and blocks are left.
+   Where there are prompts to compute, a quarter of the budget is theirs: if that leaves less than a token for
+   each decode, decodes go by rotation.
+2. Prompts share the rest in turns of at most a quarter of a step's budget (`prompt_queue.py`). A waiting
+   sequence is admitted when its turn comes, if blocks for all of its tokens are free, and one to grow into
+   for each that runs; if not, nobody overtakes it until they are.
+
+When blocks run out, the sequence of the worst priority, of those the last to arrive, is preempted: its blocks
+are released, and it waits to be computed again, largely from the prefix cache. The scheduler sees integers
+only.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 
-from nybble.engine.block_pool import BlockPool, OutOfBlocksError
+from nybble.engine.block_pool import BlockPool
+from nybble.engine.block_table import BlockTable
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges
+from nybble.engine.fair_share import FairShare
 from nybble.engine.messages import TokenEvent
+from nybble.engine.prompt_queue import PromptQueue
 from nybble.engine.sequence import Sequence
 from nybble.engine.step import Chunk, SampledToken, StepPlan
+from nybble.engine.step_budget import StepBudget
+
+_TURNS_IN_STEP = 4  # a turn is this part of a step's budget, as is what decodes leave to prompts
+_MAX_LAG = 4  # in steps' budgets: how far a tenant may fall behind and still catch up
 
 
 class Scheduler:
@@ -34,80 +50,68 @@ class Scheduler:
         self._pool = block_pool
         self._block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self._shares = FairShare(_MAX_LAG * config.max_num_batched_tokens)
+        self._prompts = PromptQueue(self._shares)
+        self._sequences: dict[str, Sequence] = {}
+        self._decoding: dict[Sequence, None] = {}
+        self._arrivals = itertools.count()
+        self._blocked: tuple[Sequence | None, int] = None, 0  # was not admitted, with so many blocks free
+        self.running: dict[Sequence, None] = {}  # decoding or prefilling, in order of admission
         self.num_preemptions = 0
         self._admitted: list[str] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._prompts.num_waiting
+
+    def waiting(self) -> Iterator[Sequence]:
+        """In no order."""
+        return self._prompts.waiting()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.arrival = next(self._arrivals)
+        self._sequences[sequence.request_id] = sequence
+        self._shares.arrive(sequence.tenant)
+        self._enqueue(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks. An unknown one is ignored."""
-        for sequence in self.running:
-            if sequence.request_id == request_id:
-                self.finish(sequence)
-                return
-        self.waiting = deque(s for s in self.waiting if s.request_id != request_id)
-
-    def finish(self, sequence: Sequence) -> None:
-        """Take a running sequence out and free its blocks."""
-        self.running.remove(sequence)
-        self._release(sequence)
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._take_out(sequence)
+            self._shares.leave(sequence.tenant)
 
     def schedule(self) -> StepPlan:
         """Plan a step, allocating the blocks that it writes to."""
-        step = _Step(self._config.max_num_batched_tokens)
+        step = StepBudget(self._config.max_num_batched_tokens, self._prompt_reserve())
         num_preemptions = self.num_preemptions
-        for sequence in self._running_decodes_first():
-            if sequence in self.running:  # not preempted meanwhile
-                self._schedule_running(sequence, step)
-        for sequence in list(step.num_tokens):
-            self._schedule_drafts(sequence, step)
-        if self.num_preemptions == num_preemptions:
-            self._admit_waiting(step)
-        return StepPlan(tuple(_chunk(s, n, step.num_drafts.get(s, 0)) for s, n in step.num_tokens.items()))
+        self._schedule_decodes(step)
+        self._schedule_drafts(step)
+        # A victim that came straight back for the blocks that are left would be preempted again.
+        self._schedule_prompts(step, can_admit=self.num_preemptions == num_preemptions)
+        chunks = (self._chunk(s, count, step.num_drafts.get(s, 0)) for s, count in step.num_tokens.items())
+        return StepPlan(tuple(chunks))
 
     def update(self, plan: StepPlan, sampled: AbstractSequence[tuple[SampledToken, ...]]) -> list[TokenEvent]:
         """Append what a plan sampled, in its order; returns an event for each token.
 
         sampled: for each sampling chunk the accepted drafts, then the next token. Those after one that ends
-        the sequence are dropped.
+        the sequence are dropped, as are all of a sequence that was aborted since it was planned.
         """
-        by_id = {sequence.request_id: sequence for sequence in self.running}
         tokens = {c.request_id: tokens for c, tokens in zip(plan.sampling_chunks, sampled, strict=True)}
         events: list[TokenEvent] = []
         for chunk in plan.chunks:
-            events += self._advance(by_id[chunk.request_id], chunk, tokens.get(chunk.request_id, ()))
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence in self.running:
+                events += self._advance(sequence, chunk, tokens.get(chunk.request_id, ()))
         return events
-
-    def _advance(
-        self, sequence: Sequence, chunk: Chunk, tokens: tuple[SampledToken, ...]
-    ) -> list[TokenEvent]:
-        """Take a chunk's result: its keys and values stay valid up to the last accepted draft."""
-        if (chunk.sampling is not None) != (1 <= len(tokens) <= chunk.num_drafts + 1):
-            raise ValueError(f"{len(tokens)} tokens for {chunk.num_drafts} drafts of {chunk.request_id}")
-        events = [self._append(sequence, token) for token in tokens if not sequence.is_finished]
-        num_accepted = min(len(events), max(len(tokens) - 1, 0))
-        sequence.num_computed = chunk.start + len(chunk.token_ids) - chunk.num_drafts + num_accepted
-        sequence.drafts = ()
-        self._register_full_blocks(sequence, chunk.start)
-        if sequence.is_finished:
-            self.finish(sequence)
-        return events
-
-    def _append(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        return TokenEvent(
-            request_id=sequence.request_id,
-            token_id=token.token_id,
-            logprobs=token.logprobs,
-            finish_reason=sequence.append(token.token_id),
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
 
     def take_admitted(self) -> list[str]:
         """Requests that were admitted for the first time since this was last asked."""
@@ -116,7 +120,7 @@ class Scheduler:
 
     def gauges(self) -> Gauges:
         return Gauges(
-            num_waiting=len(self.waiting),
+            num_waiting=self.num_waiting,
             num_running=len(self.running),
             num_blocks=self._pool.num_blocks,
             num_free_blocks=self._pool.num_free,
@@ -124,58 +128,113 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Assert the block pool's invariants. For tests, and when idle."""
-        waiting_blocks = [s.blocks for s in self.waiting if s.blocks]
-        if waiting_blocks:
+        """Assert that no block or sequence is lost. For tests, and when idle."""
+        waiting = set(self.waiting())
+        if any(len(sequence.blocks) for sequence in waiting):
             raise AssertionError("a waiting sequence owns blocks")
-        self._pool.check(sequence.blocks for sequence in self.running)
+        if waiting | self.running.keys() != set(self._sequences.values()) or waiting & self.running.keys():
+            raise AssertionError("a sequence is not either waiting or running")
+        if len(self._decoding) + self._prompts.num_prefilling != len(self.running):
+            raise AssertionError("a running sequence is not either decoding or prefilling")
+        self._pool.check(sequence.blocks.tolist() for sequence in self.running)
 
-    def _running_decodes_first(self) -> list[Sequence]:
-        return sorted(self.running, key=lambda sequence: not sequence.is_decoding)
+    # Decodes.
 
-    def _schedule_running(self, sequence: Sequence, step: _Step) -> None:
-        count = min(sequence.num_uncomputed, step.budget)
-        while count and not self._grow(sequence, sequence.num_computed + count):
-            victim = self.running[-1]
+    def _prompt_reserve(self) -> int:
+        """Tokens of a step's budget that decodes leave to prompts."""
+        has_slot = len(self.running) < self._config.max_num_seqs
+        has_prompts = self._prompts.num_prefilling or (self._prompts.num_waiting and has_slot)
+        return self._config.max_num_batched_tokens // _TURNS_IN_STEP if has_prompts else 0
+
+    def _schedule_decodes(self, step: StepBudget) -> None:
+        decodes = list(self._decoding)[: step.left_for_decodes]
+        if len(decodes) < len(self._decoding):
+            self._rotate(decodes)
+        for sequence in decodes:
+            if sequence in self.running:  # not preempted meanwhile
+                self._schedule_decode(sequence, step)
+        for tenant, count in Counter(sequence.tenant for sequence in step.num_tokens).items():
+            self._shares.charge(tenant, count)
+
+    def _rotate(self, decodes: AbstractSequence[Sequence]) -> None:
+        """Put those that run now behind those that do not."""
+        for sequence in decodes:
+            self._decoding[sequence] = self._decoding.pop(sequence)
+
+    def _schedule_decode(self, sequence: Sequence, step: StepBudget) -> None:
+        while not self._grow(sequence, sequence.num_computed + 1):
+            victim = max(self.running, key=lambda running: (running.priority, running.arrival))
             step.remove(victim)
             self._preempt(victim)
             if victim is sequence:
                 return
-        step.add(sequence, count)
+        step.add(sequence, 1)
 
-    def _schedule_drafts(self, sequence: Sequence, step: _Step) -> None:
-        """Let a planned sequence's drafts run if nobody has to give way for them."""
-        drafts = sequence.useful_drafts[: step.budget]
-        num_tokens = sequence.num_computed + step.num_tokens[sequence] + len(drafts)
-        if drafts and self._grow(sequence, num_tokens):
-            step.add_drafts(sequence, len(drafts))
+    def _schedule_drafts(self, step: StepBudget) -> None:
+        """Let drafts run along if nobody has to give way for them."""
+        for sequence in step.num_tokens:
+            drafts = sequence.useful_drafts[: step.left_for_decodes] if sequence.drafts else ()
+            if drafts and self._grow(sequence, sequence.num_computed + 1 + len(drafts)):
+                step.add_drafts(sequence, len(drafts))
+                self._shares.charge(sequence.tenant, len(drafts))
 
-    def _admit_waiting(self, step: _Step) -> None:
-        while self.waiting and step.budget and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[0]
-            count = self._admit(sequence, step.budget)
-            if not count:
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend a sequence's blocks to hold `num_tokens`; False if too few are free."""
+        needed = self._blocks_for(num_tokens) - len(sequence.blocks)
+        if needed > self._pool.num_free:
+            return False
+        if needed > 0:
+            sequence.blocks.extend(self._pool.allocate(needed))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._take_out(sequence)
+        sequence.num_computed = 0
+        sequence.drafts = ()
+        self._enqueue(sequence)
+        self.num_preemptions += 1
+
+    # Prompts.
+
+    def _schedule_prompts(self, step: StepBudget, can_admit: bool) -> None:
+        turn = max(self._config.max_num_batched_tokens // _TURNS_IN_STEP, 1)
+        while step.left:
+            can_admit = can_admit and len(self.running) < self._config.max_num_seqs
+            sequence = self._prompts.next(can_admit)
+            if sequence is None:
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
+            if sequence not in self.running and not self._admit(sequence):
+                can_admit = False
+                continue
+            num_left = sequence.num_uncomputed - step.num_tokens.get(sequence, 0)
+            count = min(num_left, turn, step.left)
             step.add(sequence, count)
+            self._shares.charge(sequence.tenant, count)
+            self._prompts.end_turn(sequence, num_left - count, can_admit)
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Give a waiting sequence its cached prefix and new blocks; returns the tokens to run, or 0."""
+    def _enqueue(self, sequence: Sequence) -> None:
+        num_cached = len(self._find_cached_prefix(sequence)) * self._block_size
+        self._prompts.add(sequence, len(sequence.token_ids) - num_cached)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its cached prefix, and blocks for the rest; False if too few are free."""
+        blocked, num_free = self._blocked
+        if sequence is blocked and self._pool.num_free <= num_free:
+            return False  # without looking for its prefix again, which may be long
         cached = self._find_cached_prefix(sequence)
-        num_cached = len(cached) * self._block_size
-        count = min(len(sequence.token_ids) - num_cached, budget)
-        needed = self._blocks_for(num_cached + count) - len(cached)
-        if needed > self._pool.num_free - self._pool.num_free_among(cached):
-            return 0
+        needed = self._blocks_for(len(sequence.token_ids)) - len(cached)
+        if needed + len(self.running) > self._pool.num_free - self._pool.num_free_among(cached):
+            self._blocked = sequence, self._pool.num_free
+            return False
+        self._blocked = None, 0
         self._pool.acquire(cached)
-        sequence.blocks = cached + self._pool.allocate(needed)
-        sequence.num_computed = num_cached
+        sequence.blocks.extend(cached + self._pool.allocate(needed))
         if not sequence.was_admitted:
-            sequence.was_admitted = True
             self._admitted.append(sequence.request_id)
-            sequence.num_cached_tokens = num_cached
-        return count
+        sequence.begin(len(cached) * self._block_size)
+        self.running[sequence] = None
+        self._prompts.admit(sequence, sequence.num_uncomputed)
+        return True
 
     def _find_cached_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the sequence, short of its last token, whose logits are wanted."""
@@ -184,68 +243,62 @@ class Scheduler:
         num_full = (len(sequence.token_ids) - 1) // self._block_size
         return self._pool.find_prefix(sequence.block_hashes(num_full))
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend a sequence's blocks to hold `num_tokens`; False if too few are free."""
-        needed = self._blocks_for(num_tokens) - len(sequence.blocks)
-        try:
-            sequence.blocks += self._pool.allocate(max(needed, 0))
-        except OutOfBlocksError:
-            return False
-        return True
+    # Both.
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.finish(sequence)
-        sequence.num_computed = 0
+    def _chunk(self, sequence: Sequence, count: int, num_drafts: int) -> Chunk:
+        start = sequence.num_computed
+        token_ids = sequence.token_ids[start : start + count]
+        return Chunk(
+            request_id=sequence.request_id,
+            token_ids=token_ids + list(sequence.drafts[:num_drafts]) if num_drafts else token_ids,
+            start=start,
+            blocks=sequence.blocks.array[: self._blocks_for(start + count + num_drafts)],
+            sampling=sequence.sampling if count == sequence.num_uncomputed else None,
+            num_drafts=num_drafts,
+            rules=sequence.rules,
+        )
+
+    def _advance(
+        self, sequence: Sequence, chunk: Chunk, tokens: tuple[SampledToken, ...]
+    ) -> list[TokenEvent]:
+        """Take a chunk's result: its keys and values stay valid up to the last accepted draft."""
+        if (chunk.sampling is not None) != (1 <= len(tokens) <= chunk.num_drafts + 1):
+            raise ValueError(f"{len(tokens)} tokens for {chunk.num_drafts} drafts of {chunk.request_id}")
+        events = [_append(sequence, token) for token in tokens if not sequence.is_finished]
+        num_accepted = min(len(events), max(len(tokens) - 1, 0))
+        sequence.num_computed = chunk.start + len(chunk.token_ids) - chunk.num_drafts + num_accepted
         sequence.drafts = ()
-        self.waiting.appendleft(sequence)
-        self.num_preemptions += 1
-
-    def _release(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.blocks)
-        sequence.blocks = []
+        self._register_full_blocks(sequence, chunk.start)
+        if sequence.is_finished:
+            self.abort(sequence.request_id)
+        elif tokens:
+            self._decoding[sequence] = None
+        return events
 
     def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
         """Make findable the blocks that were filled since position `start`."""
-        if not self._enable_prefix_caching:
-            return
         first, end = start // self._block_size, sequence.num_computed // self._block_size
-        hashes = sequence.block_hashes(end)
-        for index in range(first, end):
-            self._pool.register(sequence.blocks[index], hashes[index])
+        if self._enable_prefix_caching and end > first:
+            for index, block in enumerate(sequence.blocks.array[first:end].tolist(), first):
+                self._pool.register(block, sequence.block_hash(index))
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """Out of all groups, its blocks freed."""
+        self._prompts.remove(sequence)
+        self._decoding.pop(sequence, None)
+        self.running.pop(sequence, None)
+        self._pool.release(sequence.blocks.tolist())
+        sequence.blocks = BlockTable()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
 
-class _Step:
-    """Tokens given to each sequence so far, and what is left of the budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.num_tokens: dict[Sequence, int] = {}
-        self.num_drafts: dict[Sequence, int] = {}  # beyond those
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        if count:
-            self.num_tokens[sequence] = count
-            self.budget -= count
-
-    def add_drafts(self, sequence: Sequence, count: int) -> None:
-        self.num_drafts[sequence] = count
-        self.budget -= count
-
-    def remove(self, sequence: Sequence) -> None:
-        self.budget += self.num_tokens.pop(sequence, 0)
-
-
-def _chunk(sequence: Sequence, count: int, num_drafts: int) -> Chunk:
-    start = sequence.num_computed
-    return Chunk(
+def _append(sequence: Sequence, token: SampledToken) -> TokenEvent:
+    return TokenEvent(
         request_id=sequence.request_id,
-        token_ids=sequence.token_ids[start : start + count] + list(sequence.drafts[:num_drafts]),
-        start=start,
-        blocks=sequence.blocks,
-        sampling=sequence.sampling if count == sequence.num_uncomputed else None,
-        num_drafts=num_drafts,
-        rules=sequence.rules,
+        token_id=token.token_id,
+        logprobs=token.logprobs,
+        finish_reason=sequence.append(token.token_id),
+        num_cached_tokens=sequence.num_cached_tokens,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from nybble.engine.block_pool import hash_block
+from nybble.engine.block_table import BlockTable
 from nybble.engine.logit_rules import LogitRules
 from nybble.engine.messages import FinishReason, Request, SamplingParams
 
@@ -23,6 +26,9 @@ class Sequence:
         rules: LogitRules | None = None,
     ) -> None:
         self.request_id = request.request_id
+        self.priority = request.priority
+        self.tenant = request.tenant
+        self.arrival = 0  # its place among all sequences, given by the scheduler
         self.sampling = sampling
         self.rules = rules
         self.token_ids = list(request.prompt_token_ids)
@@ -32,7 +38,7 @@ class Sequence:
         self.was_admitted = False
         self.finish_reason: FinishReason | None = None
         self.drafts: tuple[int, ...] = ()
-        self.blocks: list[int] = []
+        self.blocks = BlockTable()
         self._block_size = block_size
         self._block_hashes: list[bytes] = []
 
@@ -59,14 +65,25 @@ class Sequence:
             return ()
         return self.drafts[: self.sampling.max_tokens - self.num_output_tokens - 1]
 
-    def block_hashes(self, count: int) -> list[bytes]:
-        """Chained hashes of the first `count` blocks, each of which must be full of tokens."""
+    def begin(self, num_cached_tokens: int) -> None:
+        """Start to compute after a prefix whose keys and values `blocks` already holds."""
+        self.num_computed = num_cached_tokens
+        if not self.was_admitted:
+            self.was_admitted = True
+            self.num_cached_tokens = num_cached_tokens
+
+    def block_hash(self, index: int) -> bytes:
+        """Hash of a block, which must be full of tokens, chained to those before it. Computed once."""
         size = self._block_size
-        while len(self._block_hashes) < count:
+        while len(self._block_hashes) <= index:
             start = len(self._block_hashes) * size
             previous = self._block_hashes[-1] if self._block_hashes else b""
             self._block_hashes.append(hash_block(previous, self.token_ids[start : start + size]))
-        return self._block_hashes[:count]
+        return self._block_hashes[index]
+
+    def block_hashes(self, count: int) -> Iterator[bytes]:
+        """Those of the first `count` blocks, computed as far as they are asked for."""
+        return map(self.block_hash, range(count))
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; returns why the sequence ends with it, if it does."""

@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 from msgspec import Struct
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.engine.logit_rules import LogitRules
@@ -21,7 +22,8 @@ from nybble.kernels.ops import AttentionBatch
 class Chunk(Struct, frozen=True, gc=False):
     """Consecutive tokens of one sequence to run in this step.
 
-    start: position of the first token; blocks: the sequence's cache blocks, in order;
+    start: position of the first token; blocks: the sequence's cache blocks, in order, as far as these tokens
+    reach;
     sampling: how to choose the token that follows, or None while more of the prompt is to come;
     num_drafts: how many of the last tokens are guesses of what will be sampled, to be verified. Only
     a chunk that samples has any; rules: what the request changes of its logits.
@@ -30,7 +32,7 @@ class Chunk(Struct, frozen=True, gc=False):
     request_id: str
     token_ids: Sequence[int]
     start: int
-    blocks: Sequence[int]
+    blocks: Sequence[int] | NDArray[np.int32]
     sampling: SamplingParams | None
     num_drafts: int = 0
     rules: LogitRules | None = None
@@ -90,7 +92,7 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
     tables = _block_tables(plan)
     rows = np.repeat(np.arange(len(lengths)), lengths)  # sequence of each token
     blocks, offsets = np.divmod(positions, block_size)
-    slots = tables[rows, blocks] * block_size + offsets
+    slots = tables[rows, blocks].astype(np.int64) * block_size + offsets
     num_rows = np.array([0 if chunk.sampling is None else 1 + chunk.num_drafts for chunk in plan.chunks])
     token_ids = np.fromiter(chain.from_iterable([c.token_ids for c in plan.chunks]), np.int64, num_tokens)
 
@@ -152,8 +154,8 @@ def _last_of_each(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _block_tables(plan: StepPlan) -> np.ndarray:
-    """int64 [S, longest table], padded with 0."""
-    tables = np.zeros((len(plan.chunks), max(len(c.blocks) for c in plan.chunks)), dtype=np.int64)
+    """int32 [S, longest table], padded with 0."""
+    tables = np.zeros((len(plan.chunks), max(len(c.blocks) for c in plan.chunks)), dtype=np.int32)
     for row, chunk in zip(tables, plan.chunks, strict=True):
         row[: len(chunk.blocks)] = chunk.blocks
     return tables

@@ -1,108 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from engine_harness import Harness, distinct_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_runner import VOCABULARY, PagedRunner, next_token
+from paged_runner import VOCABULARY
 
-from nybble.engine.block_pool import BlockPool
-from nybble.engine.engine import Engine, EngineLimits
-from nybble.engine.engine_config import SchedulerConfig
-from nybble.engine.messages import Request, SamplingParams, TokenEvent
-from nybble.engine.scheduler import Scheduler
+from nybble.engine.block_table import BlockTable
 from nybble.engine.step import SampledToken
-
-BLOCK_SIZE = 4
-
-
-@dataclass
-class Harness:
-    """An engine over a `PagedRunner`, and everything it said."""
-
-    num_blocks: int = 100
-    max_num_seqs: int = 8
-    budget: int = 64
-    enable_prefix_caching: bool = True
-    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    finished: list[str] = field(default_factory=list)
-    finish_reasons: dict[str, str] = field(default_factory=dict)
-    num_cached: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.runner = PagedRunner(BLOCK_SIZE)
-        config = SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget)
-        pool = BlockPool(self.num_blocks)
-        self.scheduler = Scheduler(config, pool, BLOCK_SIZE, self.enable_prefix_caching)
-        limits = EngineLimits(self.num_blocks * BLOCK_SIZE, VOCABULARY, BLOCK_SIZE)
-        self.engine = Engine(self.runner, self.scheduler, limits)
-
-    def add(
-        self,
-        request_id: str,
-        prompt: tuple[int, ...],
-        max_tokens: int = 4,
-        stop_token_ids: tuple[int, ...] = (),
-    ) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids)
-        self.engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
-        self.prompts[request_id], self.tokens[request_id] = prompt, []
-
-    def step(self) -> dict[str, int]:
-        """Run a step; returns how many tokens each request ran, in the plan's order."""
-        num_plans = len(self.runner.plans)
-        for event in self.engine.step():
-            self._note(event)
-        self.engine.check()
-        plans = self.runner.plans[num_plans:]
-        return {chunk.request_id: len(chunk.token_ids) for plan in plans for chunk in plan.chunks}
-
-    def drain(self, max_steps: int = 1000) -> None:
-        for _ in range(max_steps):
-            if not self.engine.has_work:
-                break
-            assert self.step(), "nothing ran although there is work"
-        assert not self.engine.has_work
-        assert self.engine.stats().num_free_blocks == self.num_blocks
-
-    def assert_right_tokens(self, request_id: str, count: int | None = None) -> None:
-        """All `count` tokens are those that the runner gives without batching, paging or sharing."""
-        context = list(self.prompts[request_id])
-        for token_id in self.tokens[request_id]:
-            assert token_id == next_token(context)
-            context.append(token_id)
-        assert count is None or len(self.tokens[request_id]) == count
-
-    def waiting_ids(self) -> list[str]:
-        return [sequence.request_id for sequence in self.scheduler.waiting]
-
-    def running_ids(self) -> list[str]:
-        return [sequence.request_id for sequence in self.scheduler.running]
-
-    def _note(self, event: TokenEvent) -> None:
-        assert event.request_id not in self.finished
-        self.tokens[event.request_id].append(event.token_id)
-        self.num_cached[event.request_id] = event.num_cached_tokens
-        if event.finish_reason is not None:
-            self.finished.append(event.request_id)
-            self.finish_reasons[event.request_id] = event.finish_reason
-
-
-def _prompt(length: int, first: int = 0) -> tuple[int, ...]:
-    """Different from the first token on for different `first`."""
-    return tuple((first + i // 3 * 5 + i) % VOCABULARY for i in range(length))
-
 
 # Batching.
 
 
 def test_one_request_from_start_to_end() -> None:
     harness = Harness()
-    harness.add("a", _prompt(10), max_tokens=3)
+    harness.add("a", distinct_prompt(10), max_tokens=3)
     assert [harness.step() for _ in range(3)] == [{"a": 10}, {"a": 1}, {"a": 1}]
     assert harness.finished == ["a"]
     harness.assert_right_tokens("a", 3)
@@ -113,15 +29,15 @@ def test_one_request_from_start_to_end() -> None:
 def test_prompts_share_a_step_up_to_the_budget() -> None:
     harness = Harness(budget=20)
     for name, length in (("a", 7), ("b", 9), ("c", 9), ("d", 2)):
-        harness.add(name, _prompt(length, ord(name)))
-    # d does not overtake c, of which only a part fits.
-    assert harness.step() == {"a": 7, "b": 9, "c": 4}
-    assert harness.step() == {"a": 1, "b": 1, "c": 5, "d": 2}
+        harness.add(name, distinct_prompt(length, ord(name)))
+    # In turns of 5 tokens, alternately of the oldest and of the shortest: a, a, b, d, b, c.
+    assert harness.step() == {"a": 7, "b": 9, "d": 2, "c": 2}
+    assert harness.step() == {"a": 1, "b": 1, "d": 1, "c": 7}
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_and_sampled_once() -> None:
     harness = Harness(budget=6)
-    harness.add("a", _prompt(16), max_tokens=2)
+    harness.add("a", distinct_prompt(16), max_tokens=2)
     assert [harness.step() for _ in range(4)] == [{"a": 6}, {"a": 6}, {"a": 4}, {"a": 1}]
     chunks = [plan.chunks[0] for plan in harness.runner.plans]
     assert [chunk.start for chunk in chunks] == [0, 6, 12, 16]
@@ -130,36 +46,48 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_sampled_once() -> None:
 
 
 def test_decodes_come_first_and_prefill_gets_the_rest() -> None:
-    harness = Harness(budget=5)
-    harness.add("long", _prompt(23, 1))
+    harness = Harness(budget=8)
+    harness.add("first", distinct_prompt(5, 1), max_tokens=20)
     harness.step()
-    harness.add("short", _prompt(2, 2))
-    for _ in range(4):
-        harness.step()
-    assert harness.running_ids() == ["long", "short"]
-    harness.add("late", _prompt(9, 3))
-    assert list(harness.step().items()) == [("long", 1), ("short", 1), ("late", 3)]
-    harness.engine.abort("long")
-    harness.add("later", _prompt(3, 4))
-    assert list(harness.step().items()) == [("short", 1), ("late", 4)]
-    assert list(harness.step().items()) == [("short", 1), ("late", 2), ("later", 2)]
-    assert list(harness.step().items()) == [("late", 1), ("later", 1)]
+    harness.add("second", distinct_prompt(2, 2), max_tokens=20)
+    harness.step()
+    harness.add("late", distinct_prompt(9, 3))
+    assert list(harness.step().items()) == [("first", 1), ("second", 1), ("late", 6)]
+    harness.add("later", distinct_prompt(4, 4))
+    # late has 3 tokens left, so it is both the oldest and the shortest.
+    assert list(harness.step().items()) == [("first", 1), ("second", 1), ("late", 3), ("later", 3)]
+    assert list(harness.step().items()) == [("first", 1), ("second", 1), ("late", 1), ("later", 1)]
 
 
 def test_a_decode_is_planned_before_a_prompt_that_was_admitted_earlier() -> None:
     harness = Harness(budget=8)
-    harness.add("a", _prompt(4, 1), max_tokens=20)
+    harness.add("long", distinct_prompt(40, 1))
+    harness.add("short", distinct_prompt(3, 2), max_tokens=20)
+    assert harness.step() == {"long": 5, "short": 3}
+    assert list(harness.step().items()) == [("short", 1), ("long", 7)]
+
+
+def test_decodes_that_leave_prompts_too_little_go_by_rotation() -> None:
+    harness = Harness(budget=8, max_num_seqs=8)
+    for name in "abcdefg":
+        harness.add(name, distinct_prompt(1, ord(name)), max_tokens=20)
     harness.step()
-    harness.add("long", _prompt(40, 2))
-    harness.step()
-    harness.scheduler.running.reverse()
-    assert list(harness.step().items()) == [("a", 1), ("long", 7)]
+    harness.add("long", distinct_prompt(40, 1), max_tokens=1)
+    decodes = [tuple(name for name in harness.step() if name != "long") for _ in range(7)]
+    assert decodes[0] == tuple("abcdef")
+    assert decodes[1] == tuple("gabcde")
+    assert all(len(names) == 6 for names in decodes)
+    assert {name: sum(name in names for names in decodes) for name in "abcdefg"} == dict.fromkeys(
+        "abcdefg", 6
+    )
+    for name in "abcdefg":
+        harness.assert_right_tokens(name)
 
 
 def test_admission_is_in_order_of_arrival_and_at_most_max_num_seqs() -> None:
     harness = Harness(max_num_seqs=2)
     for name in "abcd":
-        harness.add(name, _prompt(3, ord(name)), max_tokens=1 + (name == "a"))
+        harness.add(name, distinct_prompt(3, ord(name)), max_tokens=1 + (name == "a"))
     assert list(harness.step()) == ["a", "b"]
     assert (harness.running_ids(), harness.waiting_ids()) == (["a"], ["c", "d"])
     assert list(harness.step()) == ["a", "c"]
@@ -169,10 +97,10 @@ def test_admission_is_in_order_of_arrival_and_at_most_max_num_seqs() -> None:
 
 def test_a_request_that_does_not_fit_yet_is_not_overtaken() -> None:
     harness = Harness(num_blocks=5)
-    harness.add("a", _prompt(12, 1))
+    harness.add("a", distinct_prompt(12, 1))
     harness.step()
-    harness.add("big", _prompt(16, 2), max_tokens=1)
-    harness.add("small", _prompt(1, 3), max_tokens=1)
+    harness.add("big", distinct_prompt(16, 2), max_tokens=1)
+    harness.add("small", distinct_prompt(1, 3), max_tokens=1)
     assert list(harness.step()) == ["a"]
     assert harness.waiting_ids() == ["big", "small"]
     harness.drain()
@@ -182,31 +110,44 @@ def test_a_request_that_does_not_fit_yet_is_not_overtaken() -> None:
 # Preemption.
 
 
-def test_the_last_admitted_is_preempted_and_all_finish() -> None:
-    harness = Harness(num_blocks=6)
+def test_the_last_to_arrive_is_preempted_and_all_finish() -> None:
+    harness = Harness(num_blocks=8)
     for name in "abc":
-        harness.add(name, _prompt(8, ord(name)), max_tokens=6)
+        harness.add(name, distinct_prompt(8, ord(name)), max_tokens=9)
     assert list(harness.step()) == ["a", "b", "c"]
-    assert harness.engine.stats().num_free_blocks == 0
-    assert list(harness.step()) == ["a", "b"]  # c's blocks went to a and b; nobody is admitted
+    assert harness.engine.stats().num_free_blocks == 2
+    assert list(harness.step()) == ["a", "b"]  # c needs a third block as they do; nobody is admitted
     assert (harness.running_ids(), harness.waiting_ids()) == (["a", "b"], ["c"])
     assert harness.engine.stats().num_preemptions == 1
-    assert harness.scheduler.waiting[0].num_computed == 0
+    assert next(harness.scheduler.waiting()).num_computed == 0
     harness.drain()
     assert harness.finished == ["a", "b", "c"]
     for name in "abc":
-        harness.assert_right_tokens(name, 6)
+        harness.assert_right_tokens(name, 9)
+
+
+def test_the_worst_priority_is_preempted_first() -> None:
+    harness = Harness(num_blocks=8)
+    for name, priority in (("a", 2), ("b", 1), ("c", 1)):
+        harness.add(name, distinct_prompt(8, ord(name)), max_tokens=9, priority=priority)
+    assert list(harness.step()) == ["b", "c", "a"]
+    assert list(harness.step()) == ["b", "c"]
+    assert harness.waiting_ids() == ["a"]
 
 
 def test_preempted_requests_keep_their_order_before_newer_ones() -> None:
-    harness = Harness(num_blocks=4, enable_prefix_caching=False)
+    harness = Harness(num_blocks=8, enable_prefix_caching=False)
     for name in "abcd":
-        harness.add(name, _prompt(4, ord(name)), max_tokens=9)
+        harness.add(name, distinct_prompt(4, ord(name)), max_tokens=9)
     harness.step()
-    harness.add("new", _prompt(1, 9))
-    # Each needs a second block: d gives one to a, c one to b.
-    assert list(harness.step()) == ["a", "b"]
+    assert list(harness.step()) == ["a", "b", "c", "d"]
+    harness.add("new", distinct_prompt(1, 9))
+    # Each has two blocks of eight tokens; in the step when all want a third one, d gives to a, c to b.
+    assert list(harness.run_until_preemption()) == ["a", "b"]
     assert harness.waiting_ids() == ["c", "d", "new"]
+    while "new" in harness.waiting_ids():
+        harness.step()
+    assert {"c", "d"}.isdisjoint(harness.waiting_ids())
     harness.drain()
     for name in "abcd":
         harness.assert_right_tokens(name, 9)
@@ -214,22 +155,21 @@ def test_preempted_requests_keep_their_order_before_newer_ones() -> None:
 
 def test_a_step_that_preempts_admits_nobody() -> None:
     """Or the victim would come straight back for the blocks that are left, and be preempted again."""
-    harness = Harness(num_blocks=6, max_num_seqs=3, budget=3, enable_prefix_caching=False)
-    for name, length in (("a", 3), ("b", 3), ("c", 9)):
-        harness.add(name, _prompt(length, ord(name)), max_tokens=20 if name != "c" else 1)
-    while not harness.engine.stats().num_preemptions:
-        plan = harness.step()
+    harness = Harness(num_blocks=9, max_num_seqs=3, enable_prefix_caching=False)
+    for name, length in (("a", 8), ("b", 8), ("c", 16)):
+        harness.add(name, distinct_prompt(length, ord(name)), max_tokens=8)
+    harness.step()
+    assert list(harness.step()) == ["a", "b"]
     assert harness.waiting_ids() == ["c"]
-    assert harness.engine.stats().num_free_blocks > 0
-    assert plan == {"a": 1, "b": 1}
+    assert harness.engine.stats().num_free_blocks == 3
 
 
 def test_a_request_may_have_to_preempt_itself() -> None:
-    harness = Harness(num_blocks=3, enable_prefix_caching=False)
-    harness.add("a", _prompt(5, 1), max_tokens=3)
-    harness.add("b", _prompt(4, 2), max_tokens=3)
+    harness = Harness(num_blocks=6, enable_prefix_caching=False)
+    harness.add("a", distinct_prompt(8, 1), max_tokens=3)
+    harness.add("b", distinct_prompt(12, 2), max_tokens=3)
     assert list(harness.step()) == ["a", "b"]
-    assert list(harness.step()) == ["a"]
+    assert list(harness.step()) == ["a"]  # which took the last block
     assert harness.waiting_ids() == ["b"]
     harness.drain()
     harness.assert_right_tokens("a", 3)
@@ -237,34 +177,32 @@ def test_a_request_may_have_to_preempt_itself() -> None:
 
 
 def test_a_victim_that_was_planned_already_leaves_the_plan() -> None:
-    harness = Harness(num_blocks=8, budget=15)
-    harness.add("a", _prompt(4, 1), max_tokens=8)
+    harness = Harness(num_blocks=6)
+    harness.add("a", distinct_prompt(7, 1), max_tokens=9, priority=1)
     harness.step()
-    harness.add("long", _prompt(26, 2), max_tokens=1)
-    assert harness.step() == {"a": 1, "long": 14}
-    # a is planned first, for it decodes, and gives way after: long, now its senior, needs its blocks.
-    harness.scheduler.running.reverse()
-    assert harness.step() == {"long": 12}
+    harness.add("b", distinct_prompt(12, 2), max_tokens=8)
+    assert list(harness.step()) == ["a", "b"]
+    # a comes first, as it was admitted first; then b needs the block that a has.
+    assert harness.step() == {"b": 1}
     assert harness.waiting_ids() == ["a"]
     harness.drain()
-    harness.assert_right_tokens("a", 8)
-    harness.assert_right_tokens("long", 1)
+    harness.assert_right_tokens("a", 9)
+    harness.assert_right_tokens("b", 8)
 
 
 def test_readmission_reuses_the_blocks_that_survived() -> None:
-    harness = Harness(num_blocks=7)
-    harness.add("a", _prompt(11, 1), max_tokens=4)
-    harness.add("b", _prompt(13, 2), max_tokens=4)
-    harness.step()
-    harness.step()
-    assert harness.step() == {"a": 1}
+    harness = Harness(num_blocks=8)
+    harness.add("a", distinct_prompt(11, 1), max_tokens=6)
+    harness.add("b", distinct_prompt(13, 2), max_tokens=6)
+    harness.run_until_preemption()
     assert harness.waiting_ids() == ["b"]
-    harness.step()
-    # b has 15 tokens; its fourth block is gone, of the first three one was reused at most.
-    assert harness.finished == ["a"]
-    assert harness.step() == {"b": 3}
+    while "a" not in harness.finished:
+        harness.step()
+    num_tokens = 13 + len(harness.tokens["b"])
+    (count,) = harness.step().values()
+    assert count < num_tokens - 8  # of its four full blocks a has taken one
     harness.drain()
-    harness.assert_right_tokens("b", 4)
+    harness.assert_right_tokens("b", 6)
     assert harness.num_cached["b"] == 0  # at first admission
 
 
@@ -272,29 +210,29 @@ def test_readmission_reuses_the_blocks_that_survived() -> None:
 
 
 def _waiting(harness: Harness) -> None:
-    harness.add("other", _prompt(5, 1), max_tokens=20)
+    harness.add("other", distinct_prompt(5, 1), max_tokens=20)
     harness.step()
-    harness.add("x", _prompt(30, 2))
+    harness.add("x", distinct_prompt(30, 2))
 
 
 def _mid_prefill(harness: Harness) -> None:
-    harness.add("x", _prompt(30, 2))
+    harness.add("x", distinct_prompt(30, 2))
     harness.step()
     assert harness.running_ids() == ["x"]
     assert harness.tokens["x"] == []
 
 
 def _decoding(harness: Harness) -> None:
-    harness.add("x", _prompt(5, 2), max_tokens=20)
+    harness.add("x", distinct_prompt(5, 2), max_tokens=20)
     harness.step()
     harness.step()
     assert len(harness.tokens["x"]) == 2
 
 
 def _preempted(harness: Harness) -> None:
-    harness.add("other", _prompt(7, 1), max_tokens=30)
+    harness.add("other", distinct_prompt(7, 1), max_tokens=30)
     harness.step()
-    harness.add("x", _prompt(7, 2), max_tokens=30)
+    harness.add("x", distinct_prompt(7, 2), max_tokens=30)
     while "x" not in harness.waiting_ids() or not harness.tokens["x"]:
         harness.step()
 
@@ -307,7 +245,7 @@ def test_abort_frees_everything_and_ends_the_events(prepare: Callable[[Harness],
     harness.engine.abort("x")
     harness.engine.check()
     assert "x" not in harness.running_ids() + harness.waiting_ids()
-    harness.add("next", _prompt(9, 3))
+    harness.add("next", distinct_prompt(9, 3))
     harness.drain()
     assert harness.tokens["x"] == before
     harness.assert_right_tokens("x")
@@ -317,7 +255,7 @@ def test_abort_frees_everything_and_ends_the_events(prepare: Callable[[Harness],
 
 def test_abort_of_the_unknown_or_finished_changes_nothing() -> None:
     harness = Harness()
-    harness.add("a", _prompt(5), max_tokens=2)
+    harness.add("a", distinct_prompt(5), max_tokens=2)
     harness.engine.abort("nobody")
     harness.drain()
     harness.engine.abort("a")
@@ -326,10 +264,10 @@ def test_abort_of_the_unknown_or_finished_changes_nothing() -> None:
 
 def test_an_aborted_id_can_be_used_again() -> None:
     harness = Harness(budget=8)
-    harness.add("a", _prompt(20, 1))
+    harness.add("a", distinct_prompt(20, 1))
     harness.step()
     harness.engine.abort("a")
-    harness.add("a", _prompt(6, 2), max_tokens=3)
+    harness.add("a", distinct_prompt(6, 2), max_tokens=3)
     harness.drain()
     harness.assert_right_tokens("a", 3)
 
@@ -341,7 +279,7 @@ def test_an_aborted_id_can_be_used_again() -> None:
 def test_an_equal_prompt_hits_all_full_blocks_but_the_last_token(length: int, hit: int) -> None:
     harness = Harness()
     for name in ("first", "second"):
-        harness.add(name, _prompt(length))
+        harness.add(name, distinct_prompt(length))
         assert harness.step() == {name: length - (hit if name == "second" else 0)}
         harness.drain()
     assert harness.num_cached == {"first": 0, "second": hit}
@@ -360,9 +298,9 @@ def test_hits_end_at_the_first_difference() -> None:
 
 def test_an_answer_is_found_by_the_next_turn() -> None:
     harness = Harness()
-    harness.add("first", _prompt(6), max_tokens=7)
+    harness.add("first", distinct_prompt(6), max_tokens=7)
     harness.drain()
-    harness.add("second", (*_prompt(6), *harness.tokens["first"], 1, 2))
+    harness.add("second", (*distinct_prompt(6), *harness.tokens["first"], 1, 2))
     harness.drain()
     # The last token of the answer was never run: 12 of its 13 tokens are cached, three blocks.
     assert harness.num_cached["second"] == 12
@@ -371,9 +309,9 @@ def test_an_answer_is_found_by_the_next_turn() -> None:
 
 def test_a_running_prompt_is_shared() -> None:
     harness = Harness(num_blocks=7)
-    harness.add("first", _prompt(17), max_tokens=3)
+    harness.add("first", distinct_prompt(17), max_tokens=3)
     harness.step()
-    harness.add("second", _prompt(17), max_tokens=2)
+    harness.add("second", distinct_prompt(17), max_tokens=2)
     assert harness.step() == {"first": 1, "second": 1}
     assert harness.engine.stats().num_free_blocks == 1
     harness.drain()
@@ -382,9 +320,9 @@ def test_a_running_prompt_is_shared() -> None:
 
 def test_a_running_prefill_is_shared_as_far_as_it_has_come() -> None:
     harness = Harness(budget=10)
-    harness.add("first", _prompt(15))
+    harness.add("first", distinct_prompt(15))
     harness.step()
-    harness.add("second", _prompt(15))
+    harness.add("second", distinct_prompt(15))
     assert harness.step() == {"first": 5, "second": 5}
     assert harness.step() == {"first": 1, "second": 2}
     assert harness.num_cached["second"] == 8
@@ -394,15 +332,15 @@ def test_a_running_prefill_is_shared_as_far_as_it_has_come() -> None:
 def test_cached_blocks_do_not_count_twice_as_free() -> None:
     """Three cached and free blocks of four cannot also be allocated for the rest of the prompt."""
     harness = Harness(num_blocks=4)
-    harness.add("first", _prompt(12), max_tokens=1)
+    harness.add("first", distinct_prompt(12), max_tokens=1)
     harness.drain()
-    harness.add("second", (*_prompt(12), 1, 1), max_tokens=2)
+    harness.add("second", (*distinct_prompt(12), 1, 1), max_tokens=2)
     assert harness.step() == {"second": 2}
     assert harness.num_cached["second"] == 12
     harness.drain()
     harness.add("hog", (7,), max_tokens=9)
     harness.step()
-    harness.add("third", (*_prompt(12), 1, 1, 2), max_tokens=1)
+    harness.add("third", (*distinct_prompt(12), 1, 1, 2), max_tokens=1)
     assert harness.step() == {"hog": 1}
     harness.drain()
     harness.assert_right_tokens("third", 1)
@@ -411,7 +349,7 @@ def test_cached_blocks_do_not_count_twice_as_free() -> None:
 def test_without_prefix_caching_nothing_is_shared() -> None:
     harness = Harness(enable_prefix_caching=False)
     for name in ("first", "second"):
-        harness.add(name, _prompt(13))
+        harness.add(name, distinct_prompt(13))
         assert harness.step() == {name: 13}
         harness.drain()
     assert harness.num_cached == {"first": 0, "second": 0}
@@ -423,16 +361,16 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 def _decoding_with(drafts: tuple[int, ...], **options: Any) -> Harness:
     """x has 7 tokens, the last of them sampled and yet to be run."""
     harness = Harness(**options)
-    harness.add("x", _prompt(6, 1), max_tokens=10)
+    harness.add("x", distinct_prompt(6, 1), max_tokens=10)
     harness.step()
-    harness.scheduler.running[0].drafts = drafts
+    next(iter(harness.scheduler.running)).drafts = drafts
     return harness
 
 
 def _future(count: int) -> tuple[int, ...]:
     """What comes after the 7 tokens."""
     harness = Harness()
-    harness.add("x", _prompt(6, 1), max_tokens=count + 1)
+    harness.add("x", distinct_prompt(6, 1), max_tokens=count + 1)
     harness.drain()
     return tuple(harness.tokens["x"][1:])
 
@@ -462,7 +400,7 @@ def test_only_accepted_tokens_enter_the_prefix_cache() -> None:
     harness = _decoding_with((*future[:2], *map(_wrong, future[2:6])))
     harness.step()  # 13 slots are written, 9 of them for good
     harness.engine.abort("x")
-    context = (*_prompt(6, 1), *harness.tokens["x"])
+    context = (*distinct_prompt(6, 1), *harness.tokens["x"])
     harness.add("accepted", (*context[:9], 0))
     harness.add("drafted", (*context[:9], *map(_wrong, future[2:6])))
     harness.drain()
@@ -475,10 +413,10 @@ def test_a_stop_token_among_the_drafts_ends_there() -> None:
     stop = future[2]
     end = future.index(stop)
     harness = Harness()
-    harness.add("x", _prompt(6, 1), max_tokens=10, stop_token_ids=(stop,))
+    harness.add("x", distinct_prompt(6, 1), max_tokens=10, stop_token_ids=(stop,))
     harness.step()
     assert not harness.finished
-    harness.scheduler.running[0].drafts = future[:6]
+    next(iter(harness.scheduler.running)).drafts = future[:6]
     assert harness.step() == {"x": 7}
     assert harness.tokens["x"][1:] == list(future[: end + 1])
     assert harness.finish_reasons["x"] == "stop"
@@ -494,7 +432,7 @@ def test_drafts_do_not_exceed_max_tokens() -> None:
 
 def test_drafts_take_what_decodes_leave_of_the_budget() -> None:
     harness = _decoding_with((), budget=9)
-    harness.add("y", _prompt(5, 2), max_tokens=20)
+    harness.add("y", distinct_prompt(5, 2), max_tokens=20)
     harness.step()
     for sequence in harness.scheduler.running:
         sequence.drafts = (1, 2, 3, 4, 5)
@@ -502,25 +440,25 @@ def test_drafts_take_what_decodes_leave_of_the_budget() -> None:
 
 
 def test_nobody_gives_way_for_drafts() -> None:
-    harness = _decoding_with((), num_blocks=4)
-    harness.add("y", _prompt(7, 2), max_tokens=2)
-    harness.step()  # all four blocks are taken
-    assert harness.engine.stats().num_free_blocks == 0
+    harness = _decoding_with((), num_blocks=5)
+    harness.add("y", distinct_prompt(7, 2), max_tokens=3)
+    harness.step()
+    assert harness.engine.stats().num_free_blocks == 1
     for sequence in harness.scheduler.running:
         sequence.drafts = (1, 1, 1)
-    assert harness.step() == {"x": 1, "y": 1}
+    assert harness.step() == {"x": 4, "y": 1}
     assert harness.engine.stats().num_preemptions == 0
 
 
 def test_preemption_forgets_drafts() -> None:
     harness = Harness(num_blocks=4, enable_prefix_caching=False)
     for name in "ab":
-        harness.add(name, _prompt(8, ord(name)), max_tokens=6)
+        harness.add(name, distinct_prompt(8, ord(name)), max_tokens=6)
     harness.step()
     for sequence in harness.scheduler.running:
         sequence.drafts = (1, 2)
     assert list(harness.step()) == ["a"]
-    (waiting,) = harness.scheduler.waiting
+    (waiting,) = harness.scheduler.waiting()
     assert (waiting.request_id, waiting.drafts) == ("b", ())
     harness.drain()
     harness.assert_right_tokens("b", 6)
@@ -546,7 +484,7 @@ def test_a_runner_that_forgets_a_sequence_is_an_error() -> None:
 def test_stats_count() -> None:
     harness = Harness(num_blocks=20, max_num_seqs=2)
     for name in "abc":
-        harness.add(name, _prompt(5, ord(name)))
+        harness.add(name, distinct_prompt(5, ord(name)))
     harness.step()
     stats = harness.engine.stats()
     assert (stats.num_running, stats.num_waiting) == (2, 1)
@@ -555,17 +493,17 @@ def test_stats_count() -> None:
 
 def test_check_notices_blocks_of_a_waiting_sequence() -> None:
     harness = Harness()
-    harness.add("a", _prompt(5))
-    harness.scheduler.waiting[0].blocks = [3]
+    harness.add("a", distinct_prompt(5))
+    next(harness.scheduler.waiting()).blocks.extend([3])
     with pytest.raises(AssertionError, match="waiting sequence owns blocks"):
         harness.engine.check()
 
 
 def test_check_notices_a_lost_block() -> None:
     harness = Harness()
-    harness.add("a", _prompt(5))
+    harness.add("a", distinct_prompt(5))
     harness.step()
-    harness.scheduler.running[0].blocks.pop()
+    next(iter(harness.scheduler.running)).blocks = BlockTable()
     with pytest.raises(AssertionError, match="reference counts"):
         harness.engine.check()
 
@@ -581,7 +519,7 @@ class Arrival:
 
 # Few tokens and common beginnings, so that prefixes are shared often.
 _prompts = st.tuples(
-    st.sampled_from([(), _prompt(4), _prompt(9), _prompt(14)]),
+    st.sampled_from([(), distinct_prompt(4), distinct_prompt(9), distinct_prompt(14)]),
     st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple),
 ).map(lambda parts: parts[0] + parts[1])
 _arrivals = st.builds(Arrival, _prompts, st.integers(1, 9))
