@@ -17,24 +17,24 @@ from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
 from nybble.server.served_model import ServedModel
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
-# msgspec ends its messages with " - at `$.messages[0].content`".
-_LOCATION = re.compile(r"^(?P<message>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+# msgspec ends its messages with " - at `$.messages[0].content`" or " - at `key` in `$.logit_bias`".
+_LOCATION = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 
 # Fields that are refused unless they hold a value that changes nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
+    "include_stop_str_in_output": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
+    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -46,6 +46,7 @@ class ChatRequest:
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    num_choices: int
     stop_strings: tuple[str, ...]
     is_stream: bool
     include_usage: bool
@@ -90,6 +91,7 @@ def prepare_chat_request(request: ChatCompletionRequest, model: ServedModel) -> 
     return ChatRequest(
         prompt_token_ids=prompt_token_ids,
         sampling=_sampling(request, model, len(prompt_token_ids)),
+        num_choices=request.n or 1,
         stop_strings=_stop_strings(request.stop),
         is_stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
@@ -100,7 +102,7 @@ def _split_location(text: str) -> tuple[str, str | None]:
     match = _LOCATION.match(text)
     if match is None:
         return text, None
-    message, path = match["message"], match["path"]
+    message, path = match["message"], (match["path"] or "").removesuffix("[...]")
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
@@ -168,6 +170,15 @@ def _sampling(request: ChatCompletionRequest, model: ServedModel, num_prompt_tok
         top_k=request.top_k,
         top_p=request.top_p,
         min_p=request.min_p or 0.0,
+        min_tokens=request.min_tokens or 0,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias or {},
+        allowed_token_ids=request.allowed_token_ids,
+        bad_words=request.bad_words or (),
+        ignore_eos=bool(request.ignore_eos),
+        stop_token_ids=request.stop_token_ids or (),
         seed=request.seed,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )

@@ -1,4 +1,4 @@
-"""One chat completion: run it on the engine, and shape what comes back."""
+"""One chat completion: run its choices on the engine, and shape what comes back."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 
 from msgspec import UNSET
 
 from nybble.engine.engine_client import EngineClient
 from nybble.engine.messages import Request
 from nybble.server.chat_request import ChatRequest
+from nybble.server.choices import run_choices
 from nybble.server.prices import Prices
+from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import (
     AssistantMessage,
     ChatCompletion,
@@ -44,24 +47,31 @@ class Completion:
         self._num_completion = 0
         self._num_cached = 0
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The pieces of the answer. Closing this early, or a stop string, aborts the request."""
-        text_stream = TextStream(self._model.tokenizer, self._request.stop_strings)
+    def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The pieces of the answers, each with the number of its choice. Closing this early aborts all."""
+        return run_choices(self._choice, self._request.num_choices)
+
+    async def _choice(self, number: int) -> AsyncGenerator[Delta, None]:
+        """Run one. Closing this early, or a stop string, aborts it."""
+        asked = self._request
+        text_stream = TextStream(self._model.tokenizer, asked.stop_strings, asked.sampling.min_tokens)
         request = Request(
-            request_id=self.completion_id,
-            prompt_token_ids=self._request.prompt_token_ids,
-            sampling=self._request.sampling,
+            request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
+            prompt_token_ids=asked.prompt_token_ids,
+            sampling=choice_sampling(asked.sampling, number),
         )
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
                 self._num_completion += 1
-                self._num_cached = event.num_cached_tokens
+                if number == 0:  # the others find what it has computed
+                    self._num_cached = event.num_cached_tokens
                 delta = text_stream.feed(event)
                 yield delta
                 if delta.finish_reason is not None:
                     return
 
     def usage(self) -> Usage:
+        """Of all choices together; the prompt counts once."""
         num_prompt = len(self._request.prompt_token_ids)
         return Usage(
             prompt_tokens=num_prompt,
@@ -72,44 +82,45 @@ class Completion:
         )
 
     async def whole(self) -> ChatCompletion:
-        """The answer in one piece: the same deltas, folded."""
-        text, logprobs, finish_reason = "", list[LogprobEntry](), ""
+        """The answers in one piece: the same deltas, folded."""
+        answers = [_Answer() for _ in range(self._request.num_choices)]
         async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                text += delta.text
-                logprobs += delta.logprobs
-                finish_reason = delta.finish_reason or ""
+            async for number, delta in deltas:
+                answers[number].add(delta)
         return ChatCompletion(
             id=self.completion_id,
             created=self._created,
             model=self._model.name,
-            choices=[
-                Choice(
-                    message=AssistantMessage(content=text),
-                    logprobs=self._choice_logprobs(logprobs),
-                    finish_reason=finish_reason,
-                )
-            ],
+            choices=[self._whole_choice(*numbered) for numbered in enumerate(answers)],
             usage=self.usage(),
         )
 
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
-        """The answer as it comes: role, pieces of content, finish reason, usage if asked for."""
-        is_first = True
+        """The answers as they come: role, pieces of content, finish reason, usage if asked for."""
+        begun = set[int]()
         async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                if is_first:
-                    yield self._chunk(ChunkChoice(delta=MessageDelta(role="assistant", content="")))
-                    is_first = False
+            async for number, delta in deltas:
+                if number not in begun:
+                    role = MessageDelta(role="assistant", content="")
+                    yield self._chunk(ChunkChoice(delta=role, index=number))
+                    begun.add(number)
                 if delta.text:
                     logprobs = self._choice_logprobs(delta.logprobs)
                     content = MessageDelta(content=delta.text)
-                    yield self._chunk(ChunkChoice(delta=content, logprobs=logprobs))
+                    yield self._chunk(ChunkChoice(delta=content, logprobs=logprobs, index=number))
                 if delta.finish_reason is not None:
                     reason = delta.finish_reason
-                    yield self._chunk(ChunkChoice(delta=MessageDelta(), finish_reason=reason))
+                    yield self._chunk(ChunkChoice(delta=MessageDelta(), finish_reason=reason, index=number))
         if self._request.include_usage:
             yield self._chunk(None)
+
+    def _whole_choice(self, number: int, answer: _Answer) -> Choice:
+        return Choice(
+            message=AssistantMessage(content=answer.text),
+            logprobs=self._choice_logprobs(answer.logprobs),
+            finish_reason=answer.finish_reason,
+            index=number,
+        )
 
     def _chunk(self, choice: ChunkChoice | None) -> ChatCompletionChunk:
         """A chunk of one choice, or the last one, which has the usage instead."""
@@ -128,3 +139,17 @@ class Completion:
         if self._request.sampling.num_logprobs is None:
             return None
         return ChoiceLogprobs(content=list(entries))
+
+
+@dataclass
+class _Answer:
+    """One choice as it grows."""
+
+    text: str = ""
+    logprobs: list[LogprobEntry] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason or ""

@@ -28,8 +28,8 @@ from nybble.engine.errors import InvalidRequestError
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import FinishReason, Request, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.sampling_options import SamplingOptions
-from nybble.server.schemas import LogprobEntry
+from nybble.server.sampling_options import SamplingOptions, choice_sampling
+from nybble.server.schemas import MAX_CHOICES, LogprobEntry
 from nybble.server.served_model import ServedModel, describe_model
 from nybble.server.text_stream import TextStream
 
@@ -62,7 +62,7 @@ class LLM:
         options: SamplingOptions | None = None,
         stop: str | Sequence[str] = (),
     ) -> list[GeneratedText]:
-        """Continue each prompt, a text or token ids; results in the order of the prompts.
+        """Continue each prompt, a text or token ids; `options.n` results for each, in their order.
 
         Raises:
             InvalidRequestError: a prompt cannot be run; then none is.
@@ -93,37 +93,63 @@ class LLM:
     def _run(
         self, prompts: Sequence[tuple[int, ...]], options: SamplingOptions, stop: Sequence[str]
     ) -> list[GeneratedText]:
-        answers = {str(n): _Answer(prompt, self._text_stream(stop)) for n, prompt in enumerate(prompts)}
+        answers = [
+            answer
+            for index, prompt in enumerate(prompts)
+            for answer in self._answers(str(index), prompt, options, stop)
+        ]
+        by_id = {answer.request.request_id: answer for answer in answers}
         try:
-            for request_id, answer in answers.items():
-                sampling = options.resolve(self._model, len(answer.prompt))
-                self._engine.add(
-                    Request(request_id=request_id, prompt_token_ids=answer.prompt, sampling=sampling)
-                )
+            for answer in answers[:: options.n]:
+                self._engine.add(answer.request)
             while self._engine.has_work:
                 for event in self._engine.step():
-                    self._take(event, answers[event.request_id])
+                    self._take(event, by_id[event.request_id])
         except BaseException:  # a bad prompt or Ctrl-C must not leave the others running
-            for request_id in answers:
+            for request_id in by_id:
                 self._engine.abort(request_id)
             raise
-        return [answer.result() for answer in answers.values()]
+        return [answer.result() for answer in answers]
+
+    def _answers(
+        self, request_id: str, prompt: tuple[int, ...], options: SamplingOptions, stop: Sequence[str]
+    ) -> list[_Answer]:
+        """Those to one prompt, of which the first leads the others."""
+        if not 1 <= options.n <= MAX_CHOICES:
+            raise InvalidRequestError(f"n is {options.n!r}, expected 1 to {MAX_CHOICES}", "n")
+        sampling = options.resolve(self._model, len(prompt))
+        first, *others = (
+            Request(
+                request_id=f"{request_id}-{number}",
+                prompt_token_ids=prompt,
+                sampling=choice_sampling(sampling, number),
+            )
+            for number in range(options.n)
+        )
+
+        def stream() -> TextStream:
+            return TextStream(self._model.tokenizer, stop, options.min_tokens)
+
+        return [_Answer(first, stream(), others), *(_Answer(other, stream()) for other in others)]
 
     def _take(self, event: TokenEvent, answer: _Answer) -> None:
+        if answer.finish_reason is not None:
+            return  # a stop string ended it among the tokens of this step
         answer.take(event)
         if answer.finish_reason is not None and event.finish_reason is None:
-            self._engine.abort(event.request_id)  # a stop string ended it
-
-    def _text_stream(self, stop: Sequence[str]) -> TextStream:
-        return TextStream(self._model.tokenizer, stop)
+            self._engine.abort(event.request_id)
+        while answer.followers:
+            self._engine.add(answer.followers.pop(0))
 
 
 @dataclass
 class _Answer:
-    """One prompt's answer as it grows."""
+    """A request's answer as it grows. `followers` are started with its first token: they find the prompt,
+    which is then computed, in the prefix cache."""
 
-    prompt: tuple[int, ...]
+    request: Request
     text_stream: TextStream
+    followers: list[Request] = field(default_factory=list)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[LogprobEntry] = field(default_factory=list)
@@ -146,6 +172,6 @@ class _Answer:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
-            num_prompt_tokens=len(self.prompt),
+            num_prompt_tokens=len(self.request.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens,
         )

@@ -1,7 +1,7 @@
 """The OpenAI chat API's JSON, as types. Field names are the wire's.
 
-A request field of OpenAI's that would change the answer and that we do not honour is listed here too, so
-that using it is an error that names it; any other field is ignored.
+A request field of OpenAI's or of vLLM's sampling that would change the answer and that we do not honour is
+listed here too, so that using it is an error that names it; any other field is ignored.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 8
+MAX_BAD_WORDS = 256
+MAX_BIASES = 1024
+MAX_STOP_TOKENS = 512
 
 PositiveInt = Annotated[int, Meta(ge=1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
@@ -46,26 +53,36 @@ class ChatCompletionRequest(Struct, frozen=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=5)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None
-    frequency_penalty: float | None = None
     function_call: Any = None
     functions: Any = None
-    logit_bias: Any = None
+    include_stop_str_in_output: bool | None = None
     modalities: Any = None
     prediction: Any = None
-    presence_penalty: float | None = None
+    prompt_logprobs: int | None = None
     reasoning_effort: Any = None
     response_format: Any = None
+    skip_special_tokens: bool | None = None
     tool_choice: Any = None
     tools: Any = None
+    use_beam_search: bool | None = None
     verbosity: Any = None
     web_search_options: Any = None
 

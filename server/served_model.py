@@ -20,6 +20,7 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -
             else _number(fields, "temperature", 1.0, maximum=2.0),
             top_p=_number(fields, "top_p", 1.0, maximum=1.0),
             top_k=int(_number(fields, "top_k", 0, maximum=2**31 - 1)),
+            repetition_penalty=_number(fields, "repetition_penalty", 1.0, maximum=5.0, minimum=0.01),
         ),
         created=int(time.time()),
     )
@@ -68,13 +70,14 @@ def _eos_token_ids(fields: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _number(fields: dict[str, Any], name: str, default: float, maximum: float) -> float:
+def _number(fields: dict[str, Any], name: str, default: float, maximum: float, minimum: float = 0.0) -> float:
     value = fields.get(name)
     if value is None:
         return default
     # type() and not isinstance: true is an int; NaN fails the comparison.
-    if type(value) not in (int, float) or not 0 <= value <= maximum:
+    if type(value) not in (int, float) or not minimum <= value <= maximum:
         raise ConfigError(
-            f"generation_config.json: field {name!r} is {value!r}, expected a number from 0 to {maximum:g}"
+            f"generation_config.json: field {name!r} is {value!r}, "
+            f"expected a number from {minimum:g} to {maximum:g}"
         )
     return float(value)

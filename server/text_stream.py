@@ -23,12 +23,16 @@ class Delta:
 
 
 class TextStream:
-    """Detokenizes, cuts at stop strings, and lets each log-probability go with its text."""
+    """Detokenizes, cuts at stop strings, and lets each log-probability go with its text.
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
+    A stop string counts from the first token after min_tokens on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStringMatcher(stop_strings)
+        self._num_unstoppable = min_tokens  # tokens to come
         self._num_decoded = 0  # characters
         self._num_released = 0
         self._pending: deque[tuple[int, LogprobEntry]] = deque()  # with the text's first character
@@ -40,6 +44,7 @@ class TextStream:
             entry = self._logprob_entry(event.token_id, event.logprobs)
             self._pending.append((self._num_decoded, entry))
         text += self._release(own)
+        self._num_unstoppable -= 1
         if event.finish_reason is not None and not self._stops.has_matched:
             text += self._release(self._detokenizer.finish())
         if self._stops.has_matched:
@@ -51,7 +56,7 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         self._num_decoded += len(text)
-        released = self._stops.feed(text)
+        released = text if self._num_unstoppable > 0 else self._stops.feed(text)
         self._num_released += len(released)
         return released
 

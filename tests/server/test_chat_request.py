@@ -93,9 +93,29 @@ _BAD_PARTS = [{"type": "text", "text": "x"}, {"type": "text", "text": 1}]
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"top_logprobs": 0}, "top_logprobs"),
         ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
-        ({"n": "1"}, "n"),
+        *(({"n": value}, "n") for value in ("1", 0, -1, 9, 10**30, 1.5, True)),
         ({"frequency_penalty": "0"}, "frequency_penalty"),
         ({"presence_penalty": []}, "presence_penalty"),
+        *(
+            ({f"{kind}_penalty": value}, f"{kind}_penalty")
+            for kind in ("frequency", "presence")
+            for value in (-2.01, 2.01)
+        ),
+        *(({"repetition_penalty": value}, "repetition_penalty") for value in (0, -1, 5.1, "1")),
+        *(
+            ({"logit_bias": value}, "logit_bias")
+            for value in ([], {"x": 1}, {"-1": 1}, {"1.5": 1}, {str(2**31): 1}, {"5": 100.5}, {"5": None})
+        ),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
+        *(({"allowed_token_ids": value}, "allowed_token_ids") for value in ([], 5)),
+        ({"allowed_token_ids": [5, -1]}, "allowed_token_ids[1]"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [5] * 513}, "stop_token_ids"),
+        ({"bad_words": "x"}, "bad_words"),
+        ({"bad_words": ["x", ""]}, "bad_words[1]"),
+        ({"bad_words": ["x"] * 257}, "bad_words"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        *(({"min_tokens": value}, "min_tokens") for value in (-1, 1.5, 2**31)),
     ],
 )
 def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -122,16 +142,10 @@ _FUNCTION = {"name": "f", "parameters": {}}
     ("fields", "param"),
     [
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"frequency_penalty": -2}, "frequency_penalty"),
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"functions": [_FUNCTION]}, "functions"),
-        ({"logit_bias": {"50": 100}}, "logit_bias"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"n": 2}, "n"),
-        ({"n": 0}, "n"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
@@ -139,6 +153,10 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": _FUNCTION}]}, "tools"),
         ({"verbosity": "low"}, "verbosity"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls"),
     ],
@@ -172,6 +190,9 @@ def test_a_refused_value_is_shown_in_short() -> None:
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
         {"tools": []},
+        {"use_beam_search": False, "include_stop_str_in_output": False, "skip_special_tokens": True},
+        {"repetition_penalty": 1, "bad_words": [], "stop_token_ids": [], "ignore_eos": False},
+        {"min_tokens": 0},
         {"stream_options": None},
         {"logprobs": False},
         {"messages": [USER | {"tool_calls": [], "name": "ann"}]},
@@ -198,7 +219,7 @@ def test_null_means_absent(model: ServedModel, name: str) -> None:
     [
         {"user": "ann", "store": False, "metadata": {}, "service_tier": "auto"},
         {"chat_template_kwargs": {"enable_thinking": False}},
-        {"repetition_penalty": 1.1, "x": [None, 1e300, {"": []}]},
+        {"repetition": 1.1, "x": [None, 1e300, {"": []}]},
         {"messages": [USER | {"cache_control": {"type": "ephemeral"}}]},
         {"stream": False, "Temperature": "hot"},
     ],
@@ -461,3 +482,39 @@ def test_deep_nesting(field: str, nested: str) -> None:
     """A complete value may be fine where it is ignored; RecursionError never is."""
     with contextlib.suppress(BadRequestError):
         parse_chat_request(json.dumps(BODY).encode()[:-1] + f', "{field}": {nested}}}'.encode())
+
+
+def test_what_acts_on_logits_reaches_the_engine(model: ServedModel, end_id: int) -> None:
+    sampling = _prepare(
+        model,
+        min_tokens=3,
+        presence_penalty=0.5,
+        frequency_penalty=-1.5,
+        repetition_penalty=1.25,
+        logit_bias={"65": -100, "66": 2.5},
+        allowed_token_ids=[65, 66],
+        stop_token_ids=[70, end_id, 70],
+    ).sampling
+    assert sampling.min_tokens == 3
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.5)
+    assert sampling.repetition_penalty == 1.25
+    assert sampling.logit_bias == ((65, -100.0), (66, 2.5))
+    assert sampling.allowed_token_ids == (65, 66)
+    assert sampling.stop_token_ids == (end_id, 70)
+
+
+def test_ignore_eos_leaves_only_the_requests_own_stop_tokens(model: ServedModel) -> None:
+    assert _prepare(model, ignore_eos=True).sampling.stop_token_ids == ()
+    assert _prepare(model, ignore_eos=True, stop_token_ids=[7]).sampling.stop_token_ids == (7,)
+
+
+def test_bad_words_are_banned_with_and_without_a_space_before(model: ServedModel) -> None:
+    hello, space_hello = model.tokenizer.encode("hello"), model.tokenizer.encode(" hello")
+    sampling = _prepare(model, bad_words=["hello", " hello", "é"]).sampling
+    assert sampling.bad_words[:2] == (hello, space_hello)
+    assert len(sampling.bad_words) == 4
+
+
+@pytest.mark.parametrize(("fields", "wanted"), [({}, 1), ({"n": 1}, 1), ({"n": 8}, 8)])
+def test_number_of_choices(model: ServedModel, fields: dict[str, int], wanted: int) -> None:
+    assert _prepare(model, **fields).num_choices == wanted

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec import UNSET
 from scripted_engine import Pause, ScriptedEngine, Step
@@ -15,12 +16,14 @@ from nybble.engine.messages import SamplingParams
 from nybble.server.chat_request import ChatRequest
 from nybble.server.completion import Completion
 from nybble.server.prices import Prices
+from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import ChatCompletionChunk
 from nybble.server.served_model import ServedModel
 
 REQUEST = ChatRequest(
     prompt_token_ids=(1, 2, 3, 4, 5),
     sampling=SamplingParams(max_tokens=9),
+    num_choices=1,
     stop_strings=(),
     is_stream=True,
     include_usage=False,
@@ -91,6 +94,59 @@ def test_the_engine_gets_the_request_under_the_answers_id(model: ServedModel) ->
     assert request.request_id == chunk_id
     assert request.prompt_token_ids == REQUEST.prompt_token_ids
     assert request.sampling == REQUEST.sampling
+
+
+def test_choices_have_numbers_seeds_and_ids_of_their_own(model: ServedModel, end_id: int) -> None:
+    engine = ScriptedEngine([65, 66, end_id], num_cached_tokens=4)
+    sampling = SamplingParams(max_tokens=9, seed=5)
+    chunks = _chunks(engine, model, num_choices=3, sampling=sampling, include_usage=True)
+    texts, roles, reasons = [""] * 3, [0] * 3, [""] * 3
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        roles[choice.index] += choice.delta.role is not UNSET
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] += choice.finish_reason or ""
+    assert (texts, roles, reasons) == (["AB"] * 3, [1] * 3, ["stop"] * 3)
+    assert len({request.sampling.seed for request in engine.requests}) == 3
+    assert engine.requests[0].sampling.seed == 5
+    assert len({request.request_id for request in engine.requests}) == 3
+    usage = chunks[-1].usage
+    assert usage and usage is not UNSET
+    assert (usage.prompt_tokens, usage.completion_tokens) == (5, 9)
+    assert usage.prompt_tokens_details.cached_tokens == 4
+
+
+def test_the_whole_has_all_choices_in_order(model: ServedModel) -> None:
+    completion = _completion(ScriptedEngine([65, 66], "length"), model, num_choices=2)
+    answer = asyncio.run(completion.whole())
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert [choice.message.content for choice in answer.choices] == ["AB", "AB"]
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+
+
+def test_the_first_choices_seed_is_the_requests_alone_and_others_are_reproducible() -> None:
+    sampling = SamplingParams(max_tokens=9, seed=5)
+    seeds = [choice_sampling(sampling, number).seed for number in range(8)]
+    assert seeds == [choice_sampling(sampling, number).seed for number in range(8)]
+    assert seeds[0] == 5 and len(set(seeds)) == 8
+    assert all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
+    other = [choice_sampling(replace_seed(sampling, 6), number).seed for number in range(8)]
+    assert not set(seeds) & set(other)
+
+
+def replace_seed(sampling: SamplingParams, seed: int | None) -> SamplingParams:
+    return msgspec.structs.replace(sampling, seed=seed)
+
+
+def test_without_a_seed_choices_have_none() -> None:
+    assert choice_sampling(SamplingParams(max_tokens=9), 3).seed is None
+
+
+def test_stop_strings_wait_for_min_tokens(model: ServedModel) -> None:
+    sampling = SamplingParams(max_tokens=9, min_tokens=3)
+    chunks = _chunks(ScriptedEngine([*b"abababab"]), model, sampling=sampling, stop_strings=("ab",))
+    content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert content == "abab"  # from the fourth token on, the first whole "ab" is the third
 
 
 def test_pieces_without_text_make_no_chunks(model: ServedModel, end_id: int) -> None:

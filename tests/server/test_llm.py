@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,25 @@ def test_logprobs(llm: LLM) -> None:
     assert all(entry.top_logprobs[0].logprob == entry.logprob for entry in answer.logprobs)
 
 
+def test_n_answers_to_each_prompt_share_its_computation(llm: LLM) -> None:
+    options = SamplingOptions(temperature=1.0, max_tokens=3, seed=3, n=3)
+    prompts = ["Once upon a time there was " * 6, "1, 2, 3, 4,"]
+    answers = llm.generate(prompts, options)
+    assert len(answers) == 6 and len({answer.token_ids for answer in answers[:3]}) == 3
+    assert answers[0].token_ids == llm.generate(prompts[0], replace(options, n=1))[0].token_ids
+    first, *others = answers[:3]
+    assert first.num_cached_tokens == 0
+    assert {other.num_cached_tokens for other in others} == {(first.num_prompt_tokens - 1) // 16 * 16}
+
+
+def test_bad_words_and_min_tokens(llm: LLM) -> None:
+    (banned,) = llm.generate("1, 2, 3, 4,", replace(GREEDY, bad_words=["5"], max_tokens=4))
+    assert "5" not in banned.text
+    options = replace(GREEDY, min_tokens=7, max_tokens=9)
+    (longer,) = llm.generate("1, 2, 3, 4,", options, stop=[" 5", " 8"])  # " 5, 6, 7, 8, 9"
+    assert 7 < len(longer.token_ids) <= 9 and " 5, 6" in longer.text
+
+
 def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="token ids must lie in"):
         llm.generate(["good", (10**6,)], GREEDY)
@@ -80,6 +100,11 @@ def test_one_text_is_one_prompt_and_one_stop_string(llm: LLM) -> None:
         ("good", SamplingOptions(max_tokens=0), [], "max_tokens"),
         ("good", SamplingOptions(top_k=-7), [], "top_k"),
         ("good", SamplingOptions(temperature=-1.0), [], "temperature"),
+        ("good", SamplingOptions(n=0), [], "n"),
+        ("good", SamplingOptions(n=9), [], "n"),
+        ("good", SamplingOptions(logit_bias={10**6: 1.0}), [], "logit_bias"),
+        ("good", SamplingOptions(bad_words=["  "]), [], "bad_words"),
+        ("good", SamplingOptions(max_tokens=3, min_tokens=4), [], "min_tokens"),
         ("\ud800", GREEDY, [], "prompt"),
     ],
 )
