@@ -31,12 +31,16 @@ class EngineLimits:
 
 
 class Runner(Protocol):
-    def run(self, plan: StepPlan) -> AbstractSequence[tuple[SampledToken, ...]]:
-        """Compute a plan's tokens; for each sampling chunk, in order, returns its tokens.
+    def launch(self, plan: StepPlan) -> Callable[[], AbstractSequence[tuple[SampledToken, ...]]]:
+        """Start computing a plan's tokens; the returned function waits for them.
 
-        Those are the drafts that are accepted, up to the first that is not, and then the next token, so 1 to
-        num_drafts + 1.
+        It gives those of each sampling chunk, in order: the drafts that are accepted, up to the first that is
+        not, and then the next token, so 1 to num_drafts + 1.
         """
+
+
+def _nothing() -> None:
+    pass
 
 
 class Engine:
@@ -79,17 +83,25 @@ class Engine:
         self._recorder.request_ended(request_id, "abort")
         self._scheduler.abort(request_id)
 
-    def step(self) -> list[TokenEvent]:
-        """Run one step; returns one event for each token, those of a sequence in order."""
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> list[TokenEvent]:
+        """Run one step; returns one event for each token, those of a sequence in order.
+
+        meanwhile: work of the caller's, done once, while the step is computed. It must not change the engine.
+        """
         plan = self._scheduler.schedule()
         if not plan.chunks:
+            meanwhile()
             return []
         self._recorder.requests_admitted(self._scheduler.take_admitted())
         start = self._clock()
-        sampled = self._runner.run(plan)
-        seconds = self._clock() - start
-        events = self._scheduler.update(plan, sampled)
-        self._recorder.step_done(plan, seconds, events)
+        wait = self._runner.launch(plan)
+        try:
+            meanwhile()
+        finally:
+            sampled = wait()
+            seconds = self._clock() - start
+            events = self._scheduler.update(plan, sampled)
+            self._recorder.step_done(plan, seconds, events)
         return events
 
     def stats(self) -> EngineStats:

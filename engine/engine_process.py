@@ -154,19 +154,34 @@ def _start(config: EngineConfig, channel: Channel[ToEngine]) -> StartedRank:
 
 def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
     """Run requests until the channel closes (ChannelClosedError)."""
-    last_stats = 0.0
+    outbox = _Outbox(engine, channel)
     while True:
-        events: list[EngineEvent] = []
         for message in channel.poll() if engine.has_work else _wait(engine, channel):
-            events += _handle(message, engine)
+            outbox.events += _handle(message, engine)
         if engine.has_work:
-            events += engine.step()
+            # A step's events go out while the next one is computed.
+            outbox.events = engine.step(meanwhile=outbox.send)
+        if not engine.has_work:
+            outbox.send()
+
+
+class _Outbox:
+    """Events on their way to the server, and now and then the engine's statistics."""
+
+    def __init__(self, engine: Engine, channel: Channel[ToEngine]) -> None:
+        self.events: list[EngineEvent] = []
+        self._engine = engine
+        self._channel = channel
+        self._last_stats = 0.0
+
+    def send(self) -> None:
         now = time.monotonic()
-        if now - last_stats >= _STATS_INTERVAL:
-            channel.send([*events, engine.stats()])
-            last_stats = now
-        elif events:
-            channel.send(events)
+        if now - self._last_stats >= _STATS_INTERVAL:
+            self._channel.send([*self.events, self._engine.stats()])
+            self._last_stats = now
+        elif self.events:
+            self._channel.send(self.events)
+        self.events = []
 
 
 def _wait(engine: Engine, channel: Channel[ToEngine]) -> list[ToEngine]:

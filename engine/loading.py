@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,9 @@ def build_engine(preparation: Preparation, worker: Worker[Any], group: RankGroup
         geometry.block_size,
         config.cache.enable_prefix_caching,
     )
-    runner = ModelRunner(worker, sampler, group, geometry.block_size)
+    # A GPU computes by itself.
+    thread = ThreadPoolExecutor(1, "step") if preparation.hardware.device == "cpu" else None
+    runner = ModelRunner(worker, sampler, group, geometry.block_size, thread)
     return Engine(runner, scheduler, preparation.limits)
 
 

@@ -1,16 +1,27 @@
-"""Runs a step plan on the model: all ranks compute, rank 0 samples."""
+"""Runs a step plan on the model: all ranks compute, rank 0 samples.
+
+A step is launched, and its tokens are waited for later, so that the host can do other work meanwhile. On a
+GPU a launch only queues what the device has to do, and waiting is the copy of the tokens that were drawn
+(this has not run on one). A CPU has no queue: there a thread of its own computes, since torch lets go of the
+interpreter in its operations.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Generic, Protocol
 
 import torch
 from torch import Tensor
 
 from nybble.engine.rank_group import RankGroup
-from nybble.engine.sampler import Sampler
+from nybble.engine.sampler import Draw, Sampler
 from nybble.engine.step import SampledToken, StepInput, StepPlan, build_step_input, pack
 from nybble.kernels.ops import W
+
+# Gives, for each sampling chunk of a plan, its tokens, once they are there.
+Wait = Callable[[], Sequence[tuple[SampledToken, ...]]]
 
 
 class StepWorker(Protocol):
@@ -23,17 +34,34 @@ class StepWorker(Protocol):
 class ModelRunner(Generic[W]):
     """Rank 0's."""
 
-    def __init__(self, worker: StepWorker, sampler: Sampler[W], group: RankGroup, block_size: int) -> None:
+    def __init__(
+        self,
+        worker: StepWorker,
+        sampler: Sampler[W],
+        group: RankGroup,
+        block_size: int,
+        thread: Executor | None = None,
+    ) -> None:
+        """`thread`, of one thread, is where steps are computed; without one that is the caller's."""
         self._worker = worker
         self._sampler = sampler
         self._group = group
         self._block_size = block_size
+        self._thread = thread
+
+    def launch(self, plan: StepPlan) -> Wait:
+        """Start computing a plan's tokens. One is launched at a time."""
+        step = build_step_input(plan, self._block_size)
+        if self._thread is not None:
+            return self._thread.submit(lambda: self._compute(plan, step)()).result
+        return self._compute(plan, step)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[tuple[SampledToken, ...]]:
-        """Compute the plan's tokens; returns the next tokens of each of its sampling chunks."""
-        step = build_step_input(plan, self._block_size)
+    def _compute(self, plan: StepPlan, step: StepInput) -> Wait:
         if not self._group.is_alone:
             self._group.announce(pack(step))
         logits = self._worker.execute(step)
-        return [] if logits is None else self._sampler.sample(logits, plan.sampling_chunks)
+        draw: Draw | None = None
+        if logits is not None:
+            draw = self._sampler.sample(logits, plan.sampling_chunks)
+        return lambda: [] if draw is None else draw.tokens()

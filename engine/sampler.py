@@ -16,6 +16,7 @@ from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.step import Chunk, SampledToken
 from nybble.kernels.ops import Ops, SamplingBatch, W
 from nybble.kernels.random_bits import draw_bits_of
+from nybble.kernels.token_logprobs import Logprobs
 
 _SMALLEST_TEMPERATURE = 1e-5
 """Dividing by less overflows float32; the pick is the likeliest token anyway."""
@@ -28,8 +29,10 @@ class Sampler(Generic[W]):
         self._ops = ops
         self._num_token_ids = num_token_ids
 
-    def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> list[tuple[SampledToken, ...]]:
+    def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> Draw:
         """The tokens that follow each chunk: those of its drafts that are accepted, and the next token.
+
+        Waits for nothing that the device has to do.
 
         logits: float32 [S, V], overwritten. A chunk has a row for the token after its last that is no draft,
         and one for each draft.
@@ -47,17 +50,43 @@ class Sampler(Generic[W]):
             self._ops.adjust_logits(logits[:, : self._num_token_ids], adjustments)
         batch = _sampling_batch(chunks, params, logits.device)
         picks = self._ops.sample(logits, batch, self._num_token_ids)
-        logprobs = {} if asked is None else self._logprobs(asked, picks)
-        tokens = [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(picks.tolist())]
-        return list(_accepted(chunks, tokens))
+        return Draw(chunks, picks, None if asked is None else self._logprobs(asked, picks))
 
-    def _logprobs(self, asked: _LogprobRows, picks: Tensor) -> dict[int, TokenLogprobs]:
+    def _logprobs(self, asked: _LogprobRows, picks: Tensor) -> _DrawnLogprobs:
         picks = picks if len(asked.rows) == len(picks) else picks[asked.rows]
         found = self._ops.token_logprobs(asked.logits, picks, self._num_token_ids, max(asked.counts))
-        columns = (found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist())
+        return _DrawnLogprobs(asked.rows, asked.counts, found)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for some chunks. picks: int64 [S], on a device that may be at work on it yet."""
+
+    chunks: Sequence[Chunk]
+    picks: Tensor
+    logprobs: _DrawnLogprobs | None = None
+
+    def tokens(self) -> list[tuple[SampledToken, ...]]:
+        """Of each chunk, once the device has them."""
+        logprobs = {} if self.logprobs is None else self.logprobs.by_row()
+        picks = self.picks.tolist()
+        tokens = [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(picks)]
+        return list(_accepted(self.chunks, tokens))
+
+
+@dataclass(frozen=True)
+class _DrawnLogprobs:
+    """Of some rows, how many of the likeliest tokens each wants, and what was found."""
+
+    rows: list[int]
+    counts: list[int]
+    found: Logprobs
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        columns = (self.found.chosen.tolist(), self.found.top_ids.tolist(), self.found.top.tolist())
         return {
             row: TokenLogprobs(logprob=own, top=tuple(zip(ids[:count], top[:count], strict=True)))
-            for row, count, own, ids, top in zip(asked.rows, asked.counts, *columns, strict=True)
+            for row, count, own, ids, top in zip(self.rows, self.counts, *columns, strict=True)
         }
 
 

@@ -205,3 +205,31 @@ def test_refuses_an_id_in_use_only_while_in_use(checkpoint: Path) -> None:
     while engine.has_work:
         engine.step()
     engine.add(request("a", (1, 2)))
+
+
+# The caller's work beside a step.
+
+
+def test_the_caller_s_work_is_done_once_a_step_before_its_tokens_are_there(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    engine.add(request("a", (1, 2), 3))
+    seen: list[int] = []
+    while engine.has_work:
+        engine.step(lambda: seen.append(engine.stats().num_generated_tokens))
+    assert seen == [0, 1, 2]
+    engine.step(lambda: seen.append(-1))  # with nothing to run, too
+    assert seen == [0, 1, 2, -1]
+
+
+def test_a_failure_of_the_caller_s_work_loses_no_token(checkpoint: Path) -> None:
+    engine = tiny_engine(tiny_config(checkpoint))
+    engine.add(request("a", (1, 2), 3))
+
+    def fail() -> None:
+        raise OSError("closed")
+
+    with pytest.raises(OSError, match="closed"):
+        engine.step(fail)
+    engine.check()
+    assert engine.stats().num_generated_tokens == 1
+    assert len(engine.step()) == 1

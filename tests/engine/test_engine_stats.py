@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -40,9 +41,14 @@ class SlowRunner:
     paged: PagedRunner
     seconds: float = 0.0
 
-    def run(self, plan: StepPlan) -> list[tuple[SampledToken, ...]]:
-        self.clock.now += self.seconds
-        return self.paged.run(plan)
+    def launch(self, plan: StepPlan) -> Callable[[], list[tuple[SampledToken, ...]]]:
+        wait = self.paged.launch(plan)
+
+        def wait_long() -> list[tuple[SampledToken, ...]]:
+            self.clock.now += self.seconds
+            return wait()
+
+        return wait_long
 
 
 @dataclass

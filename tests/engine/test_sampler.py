@@ -57,8 +57,8 @@ def _sample(
     ops: Ops[Any] | None = None,
 ) -> list[SampledToken]:
     """Of chunks without drafts."""
-    sampled = Sampler(ops or ReferenceOps(torch.float32), num_token_ids).sample(logits.clone(), chunks)
-    return [token for (token,) in sampled]
+    sampler = Sampler(ops or ReferenceOps(torch.float32), num_token_ids)
+    return [token for (token,) in sampler.sample(logits.clone(), chunks).tokens()]
 
 
 class _RecordingOps(ReferenceOps):
@@ -326,7 +326,7 @@ def test_drafts_change_no_token(sampling: dict[str, Any], num_right: int) -> Non
     drafted = _drafted(_chunk(prompt=PROMPT, **asked), drafts)
     beside = [_chunk(seed=1), _chunk(seed=2)]
     sampler = Sampler(ReferenceOps(torch.float32), 1000)
-    first, middle, last = sampler.sample(logits.clone(), [beside[0], drafted, beside[1]])
+    first, middle, last = sampler.sample(logits.clone(), [beside[0], drafted, beside[1]]).tokens()
     assert list(middle) == expected[: num_right + 1]
     assert [len(first), len(last)] == [1, 1]
 
@@ -336,7 +336,7 @@ def test_the_first_draft_stays_with_its_probability() -> None:
     logits, count = _logits(1, NUM_TOKENS)[0], 4000
     sampler = Sampler(ReferenceOps(torch.float32), NUM_TOKENS)
     chunks = [_drafted(_chunk(seed=seed, temperature=1.2), [4]) for seed in range(count)]
-    sampled = sampler.sample(logits.repeat(2 * count, 1), chunks)
+    sampled = sampler.sample(logits.repeat(2 * count, 1), chunks).tokens()
     params = chunks[0].sampling
     assert params is not None
     expected = token_distribution(logits.double().tolist(), params)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from nybble.engine.step import Chunk, SampledToken, StepPlan
 
@@ -23,6 +23,10 @@ class PagedRunner:
         self.plans: list[StepPlan] = []
         self._block_size = block_size
         self._memory: dict[int, tuple[int, bytes]] = {}  # slot -> position, state
+
+    def launch(self, plan: StepPlan) -> Callable[[], list[tuple[SampledToken, ...]]]:
+        sampled = self.run(plan)
+        return lambda: sampled
 
     def run(self, plan: StepPlan) -> list[tuple[SampledToken, ...]]:
         self.plans.append(plan)
