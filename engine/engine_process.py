@@ -160,7 +160,8 @@ def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
             outbox.events += _handle(message, engine)
         if engine.has_work:
             # A step's events go out while the next one is computed.
-            outbox.events = engine.step(meanwhile=outbox.send)
+            step_events = engine.step(meanwhile=outbox.send)
+            outbox.events += step_events
         if not engine.has_work:
             outbox.send()
 
