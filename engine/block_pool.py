@@ -12,6 +12,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from nybble.engine.cache_record import CacheRecord
+
 
 class OutOfBlocksError(Exception):
     """More blocks were asked for than are free; nothing was taken."""
@@ -25,6 +27,11 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(previous + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
+def hash_salt(salt: str) -> bytes:
+    """What comes before the first block: chains of different salts have no hash in common."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"cache salt").digest() if salt else b""
+
+
 class BlockPool:
     """`num_blocks` blocks, named 0 .. num_blocks - 1."""
 
@@ -34,6 +41,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._hashes: dict[int, bytes] = {}  # block -> hash, for registered blocks
         self._cached: dict[bytes, int] = {}  # hash -> block
+        self.record = CacheRecord(max_forgotten=num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -73,11 +81,14 @@ class BlockPool:
             self._reference_counts[block] = 1
         return blocks
 
-    def register(self, block: int, block_hash: bytes) -> None:
-        """Make a full block findable. The first block with this content stays the one found."""
-        if block_hash not in self._cached and block not in self._hashes:
-            self._cached[block_hash] = block
-            self._hashes[block] = block_hash
+    def register(self, block: int, block_hash: bytes) -> bool:
+        """Make a full block findable. The first block with this content stays the one found; False if it is
+        another."""
+        if block_hash in self._cached or block in self._hashes:
+            return False
+        self._cached[block_hash] = block
+        self._hashes[block] = block_hash
+        return True
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each block of a sequence, given in order.
@@ -106,3 +117,4 @@ class BlockPool:
         block_hash = self._hashes.pop(block, None)
         if block_hash is not None:
             del self._cached[block_hash]
+            self.record.forgotten(block, block_hash)

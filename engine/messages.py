@@ -43,7 +43,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 class Request(Struct, frozen=True, kw_only=True, tag=True):
     """Generate after a prompt.
 
-    priority: lower is sooner; tenant: whose request it is, among whom turns are fair.
+    priority: lower is sooner; tenant: whose request it is, among whom turns are fair. Requests share the
+    prefix cache with those of the same cache_salt only; with explain_cache the first event says what was
+    not in it.
     """
 
     request_id: str
@@ -51,6 +53,8 @@ class Request(Struct, frozen=True, kw_only=True, tag=True):
     sampling: SamplingParams
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
+    explain_cache: bool = False
 
 
 class Abort(Struct, frozen=True, kw_only=True, tag=True):
@@ -69,7 +73,20 @@ class TokenLogprobs(Struct, frozen=True, kw_only=True, gc=False):
     top: tuple[tuple[int, float], ...]
 
 
-class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False):
+class CacheExplanation(Struct, frozen=True, kw_only=True):
+    """Why the prefix cache did not have more of a prompt than it had.
+
+    different_token: the closest cached prefix, of the same salt, has another token at position
+    first_differing_token. evicted: the next block was cached, and has been overwritten. never_seen: nothing
+    cached goes on from there. last_block: all was there but the rest of less than a block, or the block of
+    the last token, which is always computed. off: there is no prefix cache.
+    """
+
+    reason: Literal["different_token", "evicted", "never_seen", "last_block", "off"]
+    first_differing_token: int | None = None
+
+
+class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False, omit_defaults=True):
     """One more token of a request; its last one carries the finish reason."""
 
     request_id: str
@@ -77,6 +94,7 @@ class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False):
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    cache_explanation: CacheExplanation | None = None
 
 
 class RequestRefused(Struct, frozen=True, kw_only=True, tag=True):

@@ -27,6 +27,7 @@ from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges
 from nybble.engine.fair_share import FairShare
 from nybble.engine.messages import TokenEvent
+from nybble.engine.prefix_cache import PrefixCache
 from nybble.engine.prompt_queue import PromptQueue
 from nybble.engine.sequence import Sequence
 from nybble.engine.step import Chunk, SampledToken, StepPlan
@@ -49,7 +50,7 @@ class Scheduler:
         self._config = config
         self._pool = block_pool
         self._block_size = block_size
-        self._enable_prefix_caching = enable_prefix_caching
+        self._cache = PrefixCache(block_pool, block_size, enable_prefix_caching)
         self._shares = FairShare(_MAX_LAG * config.max_num_batched_tokens)
         self._prompts = PromptQueue(self._shares)
         self._sequences: dict[str, Sequence] = {}
@@ -213,7 +214,7 @@ class Scheduler:
             self._prompts.end_turn(sequence, num_left - count, can_admit)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        num_cached = len(self._find_cached_prefix(sequence)) * self._block_size
+        num_cached = len(self._cache.find(sequence)) * self._block_size
         self._prompts.add(sequence, len(sequence.token_ids) - num_cached)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -221,7 +222,7 @@ class Scheduler:
         blocked, num_free = self._blocked
         if sequence is blocked and self._pool.num_free <= num_free:
             return False  # without looking for its prefix again, which may be long
-        cached = self._find_cached_prefix(sequence)
+        cached = self._cache.find(sequence)
         needed = self._blocks_for(len(sequence.token_ids)) - len(cached)
         if needed + len(self.running) > self._pool.num_free - self._pool.num_free_among(cached):
             self._blocked = sequence, self._pool.num_free
@@ -231,17 +232,12 @@ class Scheduler:
         sequence.blocks.extend(cached + self._pool.allocate(needed))
         if not sequence.was_admitted:
             self._admitted.append(sequence.request_id)
+            if sequence.explains_cache:
+                sequence.cache_explanation = self._cache.explain(sequence, len(cached))
         sequence.begin(len(cached) * self._block_size)
         self.running[sequence] = None
         self._prompts.admit(sequence, sequence.num_uncomputed)
         return True
-
-    def _find_cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the sequence, short of its last token, whose logits are wanted."""
-        if not self._enable_prefix_caching:
-            return []
-        num_full = (len(sequence.token_ids) - 1) // self._block_size
-        return self._pool.find_prefix(sequence.block_hashes(num_full))
 
     # Both.
 
@@ -268,19 +264,12 @@ class Scheduler:
         num_accepted = min(len(events), max(len(tokens) - 1, 0))
         sequence.num_computed = chunk.start + len(chunk.token_ids) - chunk.num_drafts + num_accepted
         sequence.drafts = ()
-        self._register_full_blocks(sequence, chunk.start)
+        self._cache.keep(sequence, chunk.start)
         if sequence.is_finished:
             self.abort(sequence.request_id)
         elif tokens:
             self._decoding[sequence] = None
         return events
-
-    def _register_full_blocks(self, sequence: Sequence, start: int) -> None:
-        """Make findable the blocks that were filled since position `start`."""
-        first, end = start // self._block_size, sequence.num_computed // self._block_size
-        if self._enable_prefix_caching and end > first:
-            for index, block in enumerate(sequence.blocks.array[first:end].tolist(), first):
-                self._pool.register(block, sequence.block_hash(index))
 
     def _take_out(self, sequence: Sequence) -> None:
         """Out of all groups, its blocks freed."""
@@ -295,10 +284,12 @@ class Scheduler:
 
 
 def _append(sequence: Sequence, token: SampledToken) -> TokenEvent:
+    explanation, sequence.cache_explanation = sequence.cache_explanation, None
     return TokenEvent(
         request_id=sequence.request_id,
         token_id=token.token_id,
         logprobs=token.logprobs,
         finish_reason=sequence.append(token.token_id),
         num_cached_tokens=sequence.num_cached_tokens,
+        cache_explanation=explanation,
     )

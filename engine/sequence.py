@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nybble.engine.block_pool import hash_block
+from nybble.engine.block_pool import hash_block, hash_salt
 from nybble.engine.block_table import BlockTable
 from nybble.engine.logit_rules import LogitRules
-from nybble.engine.messages import FinishReason, Request, SamplingParams
+from nybble.engine.messages import CacheExplanation, FinishReason, Request, SamplingParams
 
 
 class Sequence:
@@ -36,10 +36,13 @@ class Sequence:
         self.num_computed = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
         self.was_admitted = False
+        self.explains_cache = request.explain_cache
+        self.cache_explanation: CacheExplanation | None = None  # until an event takes it
         self.finish_reason: FinishReason | None = None
         self.drafts: tuple[int, ...] = ()
         self.blocks = BlockTable()
         self._block_size = block_size
+        self._salt_hash = hash_salt(request.cache_salt)
         self._block_hashes: list[bytes] = []
 
     @property
@@ -74,12 +77,18 @@ class Sequence:
 
     def block_hash(self, index: int) -> bytes:
         """Hash of a block, which must be full of tokens, chained to those before it. Computed once."""
-        size = self._block_size
         while len(self._block_hashes) <= index:
-            start = len(self._block_hashes) * size
-            previous = self._block_hashes[-1] if self._block_hashes else b""
-            self._block_hashes.append(hash_block(previous, self.token_ids[start : start + size]))
+            number = len(self._block_hashes)
+            self._block_hashes.append(hash_block(self.hash_before(number), self.tokens_of_block(number)))
         return self._block_hashes[index]
+
+    def hash_before(self, index: int) -> bytes:
+        """Hash of the block before one; of the first, that of the cache salt."""
+        return self.block_hash(index - 1) if index else self._salt_hash
+
+    def tokens_of_block(self, index: int) -> list[int]:
+        start = index * self._block_size
+        return self.token_ids[start : start + self._block_size]
 
     def block_hashes(self, count: int) -> Iterator[bytes]:
         """Those of the first `count` blocks, computed as far as they are asked for."""

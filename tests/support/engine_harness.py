@@ -10,7 +10,7 @@ from paged_runner import VOCABULARY, PagedRunner, next_token
 from nybble.engine.block_pool import BlockPool
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
-from nybble.engine.messages import Request, SamplingParams, TokenEvent
+from nybble.engine.messages import CacheExplanation, Request, SamplingParams, TokenEvent
 from nybble.engine.scheduler import Scheduler
 
 BLOCK_SIZE = 4
@@ -29,6 +29,7 @@ class Harness:
     finished: list[str] = field(default_factory=list)
     finish_reasons: dict[str, str] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
+    explanations: dict[str, CacheExplanation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.runner = PagedRunner(BLOCK_SIZE)
@@ -95,6 +96,9 @@ class Harness:
         assert event.request_id not in self.finished
         self.tokens[event.request_id].append(event.token_id)
         self.num_cached[event.request_id] = event.num_cached_tokens
+        if event.cache_explanation is not None:
+            assert event.request_id not in self.explanations
+            self.explanations[event.request_id] = event.cache_explanation
         if event.finish_reason is not None:
             self.finished.append(event.request_id)
             self.finish_reasons[event.request_id] = event.finish_reason
