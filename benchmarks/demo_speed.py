@@ -1,6 +1,6 @@
 """Prefill and decode speed of the demo model on this machine, in one process, through the engine.
 
-    .venv/bin/python benchmarks/demo_speed.py [--checkpoint build/demo-checkpoint] [--repeat 5]
+    .venv/bin/python benchmarks/demo_speed.py [--checkpoint DIRECTORY] [--repeat 5] [--deterministic]
 
 Prints a Markdown table. Before any time is taken the model must name Paris; else there is none.
 Prefill: one prompt of random tokens, its length over the time of its steps. Decode: after a short prompt,
@@ -41,10 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", default="build/demo-checkpoint")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
     # Without the prefix cache: a repeat must do all the work again.
     cache = CacheConfig(kv_cache_memory=2.0, enable_prefix_caching=False)
-    engine = load_engine(prepare(EngineConfig(checkpoint=options.checkpoint, cache=cache)))
+    config = EngineConfig(checkpoint=options.checkpoint, cache=cache, deterministic=options.deterministic)
+    engine = load_engine(prepare(config))
     _check(engine, Tokenizer(Path(options.checkpoint)))
     print(f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | tokens/s, median (min .. max) |\n| --- | --- |")

@@ -11,6 +11,8 @@ import torch
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware
+from nybble.kernels.arithmetic import PLAIN
+from nybble.kernels.invariant_arithmetic import InvariantArithmetic
 from nybble.kernels.ops import Ops
 from nybble.kernels.reference_ops import ReferenceOps
 
@@ -39,6 +41,8 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["refere
         raise OptionError(
             f"backend is 'triton', which needs a GPU of compute capability 8.0 or more: {found}"
         )
+    if backend == "triton" and config.deterministic:
+        raise OptionError("deterministic is for the reference backend: set backend to 'reference'")
     if backend == "triton" and hardware.capability:
         _check_triton()
     return backend
@@ -61,7 +65,7 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     """The backend of a resolved config."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     if config.backend != "triton":
-        return ReferenceOps(dtype)
+        return ReferenceOps(dtype, InvariantArithmetic() if config.deterministic else PLAIN)
     # Here, since Triton is not for every platform, and takes a second to import.
     from nybble.kernels.triton.triton_ops import TritonOps
 

@@ -80,6 +80,14 @@ class EngineConfig:
     enforce_eager: bool = field(
         default=False, metadata={"help": "launch every kernel of a decode step, instead of a CUDA graph"}
     )
+    deterministic: bool = field(
+        default=False,
+        metadata={
+            "help": "a request gives the same tokens, bit for bit, whatever runs beside it and however its "
+            "prompt is divided, cached or recomputed; on the same machine, with the same versions, options "
+            "and number of ranks; slower"
+        },
+    )
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )

@@ -119,7 +119,8 @@ def load_worker(
         placement=preparation.placement,
         on_layer=on_layer,
     )
-    model = Glm4Moe(model_config, weights, ops, device, group.all_reduce)
+    all_reduce = group.all_reduce_in_order if config.deterministic else group.all_reduce
+    model = Glm4Moe(model_config, weights, ops, device, all_reduce)
     kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops, device, _kv_scales(preparation))
     worker = Worker(model_config, model, kv_cache, group, device, dtype)
     if not config.enforce_eager:

@@ -56,6 +56,19 @@ class RankGroup:
             dist.all_reduce(partial, group=self._stage)
         return partial
 
+    def all_reduce_in_order(self, partial: Tensor) -> Tensor:
+        """As `all_reduce`, but every number is added up in the order of ranks. Libraries cut a tensor into
+        pieces and begin each at another rank, so that the order depends on a number's place."""
+        num_ranks = self.placement.split.tensor_parallel
+        if num_ranks > 1:
+            parts = [torch.empty_like(partial) for _ in range(num_ranks)]
+            dist.all_gather(parts, partial, group=self._stage)
+            total = parts[0].float()
+            for part in parts[1:]:
+                total += part
+            partial.copy_(total)
+        return partial
+
     def send_hidden(self, hidden: Tensor) -> None:
         """Pass hidden states [T, H] on to the next stage."""
         dist.send(hidden, dst=self.placement.rank + self.placement.split.tensor_parallel)

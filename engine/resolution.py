@@ -60,7 +60,9 @@ def resolve(
     resolved = replace(
         config,
         backend=backend,
-        enforce_eager=config.enforce_eager or not _can_record(backend, inventory, placement, hardware),
+        enforce_eager=config.enforce_eager
+        or config.deterministic  # inside a graph a library may choose another product
+        or not _can_record(backend, inventory, placement, hardware),
         device=hardware.device,
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,

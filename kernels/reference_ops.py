@@ -2,7 +2,8 @@
 
 Weights are held dequantized in the activation dtype; sums over experts and all softmaxes are float32.
 Rounding follows transformers' `Glm4Moe` where it has one answer: RMSNorm rounds before it multiplies
-by its weight; the router works in float32 throughout.
+by its weight; the router works in float32 throughout. What a token's last bits may depend on is the
+`Arithmetic`'s choice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.kernels.arithmetic import PLAIN, Arithmetic
 from nybble.kernels.logit_adjustments import LogitAdjustments, adjust_logits
 from nybble.kernels.ops import (
     AttentionBatch,
@@ -37,8 +39,9 @@ _E4M3_MAX = 448.0
 class ReferenceOps:
     """`Ops` whose weights are tensors of `dtype`. See `Ops` for every argument's shape."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, arithmetic: Arithmetic = PLAIN) -> None:
         self.dtype = dtype
+        self._arithmetic = arithmetic
 
     # What the model calls.
 
@@ -80,7 +83,7 @@ class ReferenceOps:
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
         hidden = added(hidden, update)
-        qkv = F.linear(rms_norm(hidden, weights.norm), weights.qkv, weights.qkv_bias)
+        qkv = self._arithmetic.linear(rms_norm(hidden, weights.norm), weights.qkv, weights.qkv_bias)
         query, key, value = split_heads(qkv, weights.shape)
         query = rms_norm(query, weights.query_norm) if weights.query_norm else query
         key = rms_norm(key, weights.key_norm) if weights.key_norm else key
@@ -93,35 +96,36 @@ class ReferenceOps:
         for sequence, length in enumerate(lengths):
             keys, values = gather_context(cache, batch.block_tables[sequence], length, query.dtype)
             queries = query[starts[sequence] : starts[sequence + 1]]
-            outputs.append(causal_attention(queries, keys, values))
+            outputs.append(self._arithmetic.attention(queries, keys, values))
         return torch.cat(outputs).flatten(1)
 
     def attention_output(self, attended: Tensor, weights: AttentionWeights[Tensor]) -> Tensor:
-        return F.linear(attended, weights.output)
+        return self._arithmetic.linear(attended, weights.output)
 
     def dense_mlp(
         self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[Tensor]
     ) -> tuple[Tensor, Tensor]:
         hidden = added(hidden, update)
-        return hidden, mlp(rms_norm(hidden, weights.norm), weights.mlp)
+        return hidden, mlp(rms_norm(hidden, weights.norm), weights.mlp, self._arithmetic)
 
     def moe(
         self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[Tensor]
     ) -> tuple[Tensor, Tensor]:
         hidden = added(hidden, update)
         x = rms_norm(hidden, weights.norm)
-        routed = experts(x, route(x, weights.router), weights.experts, weights.first_expert)
-        shared = mlp(x, weights.shared_expert).float()
+        routing = route(x, weights.router, self._arithmetic)
+        routed = experts(x, routing, weights.experts, weights.first_expert, self._arithmetic)
+        shared = mlp(x, weights.shared_expert, self._arithmetic).float()
         return hidden, (routed + shared).to(hidden.dtype)
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
-        return F.linear(rms_norm(hidden, norm), head).float()
+        return self._arithmetic.linear(rms_norm(hidden, norm), head).float()
 
     def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
         return rms_norm(x, norm)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+        return self._arithmetic.linear(x, weight)
 
     def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
         adjust_logits(logits, adjustments)
@@ -134,7 +138,8 @@ class ReferenceOps:
         greedy = logits.argmax(dim=-1)
         if not batch.temperatures.any():
             return greedy
-        return torch.where(batch.temperatures == 0, greedy, draw(logits, batch))
+        drawn = self._arithmetic.by_rows(_draw, logits, *_columns(batch))
+        return torch.where(batch.temperatures == 0, greedy, drawn)
 
 
 # Norm, attention.
@@ -198,39 +203,19 @@ def _unscaled(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     return stored.to(dtype) if scale is None else (stored.float() * scale).to(dtype)
 
 
-def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """softmax(q k / sqrt(D)) v of the last t positions of a context of n: [t, num_heads, D].
-
-    query [t, num_heads, D]; keys, values [n, num_kv_heads, D], each serving num_heads / num_kv_heads
-    consecutive query heads.
-    """
-    tokens, context = query.shape[0], keys.shape[0]
-    mask = None
-    if tokens > 1:
-        ones = torch.ones(tokens, context, dtype=torch.bool, device=query.device)
-        mask = ones.tril(diagonal=context - tokens)
-    attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        keys.transpose(0, 1).unsqueeze(0),
-        values.transpose(0, 1).unsqueeze(0),
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    return attended.squeeze(0).transpose(0, 1)
-
-
 # Feed-forward.
 
 
-def mlp(x: Tensor, weights: MlpWeights[Tensor]) -> Tensor:
+def mlp(x: Tensor, weights: MlpWeights[Tensor], arithmetic: Arithmetic = PLAIN) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [T, H]."""
-    gate, up = F.linear(x, weights.gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weights.down)
+    gate, up = arithmetic.linear(x, weights.gate_up).chunk(2, dim=-1)
+    return arithmetic.linear(arithmetic.elementwise(F.silu, gate) * up, weights.down)
 
 
-def route(x: Tensor, router: RouterWeights) -> Routing:
+def route(x: Tensor, router: RouterWeights, arithmetic: Arithmetic = PLAIN) -> Routing:
     """Choose top_k experts for each row of x [T, H] by sigmoid score plus bias; weigh them by score."""
-    scores = F.linear(x.float(), router.weight).sigmoid()  # [T, E]
+    logits = arithmetic.linear(x.float(), router.weight)
+    scores = arithmetic.elementwise(torch.sigmoid, logits)  # [T, E]
     choice = _mask_weak_groups(scores + router.bias, router)
     ids = choice.topk(router.top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, ids)
@@ -250,7 +235,13 @@ def _mask_weak_groups(choice: Tensor, router: RouterWeights) -> Tensor:
     return grouped.masked_fill(is_weak.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor], first_expert: int = 0) -> Tensor:
+def experts(
+    x: Tensor,
+    routing: Routing,
+    weights: MlpWeights[Tensor],
+    first_expert: int = 0,
+    arithmetic: Arithmetic = PLAIN,
+) -> Tensor:
     """float32 [T, H]: the weighted sum of each token's experts, added in the order of their ids.
 
     Of those that are not in the stacks, which hold first_expert and the following ones, nothing is added.
@@ -261,7 +252,7 @@ def experts(x: Tensor, routing: Routing, weights: MlpWeights[Tensor], first_expe
         tokens, ranks = (routing.ids == expert).nonzero(as_tuple=True)
         row = expert - first_expert
         expert_weights = MlpWeights(weights.gate_up[row], weights.down[row])
-        output = mlp(x[tokens], expert_weights).float()
+        output = mlp(x[tokens], expert_weights, arithmetic).float()
         total.index_add_(0, tokens, output * routing.weights[tokens, ranks].unsqueeze(-1))
     return total
 
@@ -277,6 +268,14 @@ def draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.min_ps.any() or batch.top_ks.any() or (batch.top_ps < 1).any():
         scaled = scaled.masked_fill(_excluded(scaled, batch), -torch.inf)
     return (scaled.double() + gumbel(batch.draws, logits.shape[-1])).argmax(dim=-1)
+
+
+def _columns(batch: SamplingBatch) -> tuple[Tensor, ...]:
+    return batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.draws
+
+
+def _draw(logits: Tensor, *columns: Tensor) -> Tensor:
+    return draw(logits, SamplingBatch(*columns))
 
 
 def _excluded(scaled: Tensor, batch: SamplingBatch) -> Tensor:

@@ -24,7 +24,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_partial_sums_stay_within_a_stage(results: list[dict[str, Any]]) -> None:
-    assert [result["sum"] for result in results] == [[2, 11], [2, 11], [2, 1100], [2, 1100]]
+    for name in ("sum", "ordered sum"):
+        assert [result[name] for result in results] == [[2, 11], [2, 11], [2, 1100], [2, 1100]]
 
 
 def test_hidden_states_go_to_the_same_place_in_the_next_stage(results: list[dict[str, Any]]) -> None:
@@ -51,6 +52,7 @@ def test_alone_it_needs_nobody() -> None:
     assert group.is_alone
     assert group.exchange(b"report") == [b"report"]
     assert group.all_reduce(torch.ones(2)).tolist() == [1, 1]
+    assert group.all_reduce_in_order(torch.ones(2)).tolist() == [1, 1]
     group.announce(torch.tensor([1]))
     group.announce_end()
     group.close()

@@ -290,3 +290,7 @@ def test_draft_layers_are_not_held() -> None:
 def test_splits_that_cannot_be_are_refused(split: Split, message: str) -> None:
     with pytest.raises(OptionError, match=f"the model cannot be split {message}"):
         resolve(CONFIG, _inventory(1000), Placement(split, 0), CPU)
+
+
+def test_deterministic_steps_are_no_graphs() -> None:
+    assert _resolve(replace(CONFIG, deterministic=True))[0].enforce_eager

@@ -66,6 +66,7 @@ def main() -> None:
     group = RankGroup(Placement(Split(2, 1, 2), rank))
     result: dict[str, Any] = {
         "sum": group.all_reduce(torch.tensor([1.0, 10.0**rank])).tolist(),
+        "ordered sum": group.all_reduce_in_order(torch.tensor([1.0, 10.0**rank])).tolist(),
         "hidden": _hidden(group),
         "logits": _logits(group),
         "announced": _announcements(group),
