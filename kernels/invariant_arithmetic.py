@@ -48,7 +48,7 @@ class InvariantArithmetic:
         if x.device.type != "cpu" or not x.numel():
             return function(x)
         flat = F.pad(x.flatten(), (0, -x.numel() % _VECTOR))
-        return torch.cat([function(run) for run in flat.split(_RUN)])[: x.numel()].view(x.shape)
+        return torch.cat([function(run) for run in torch.split(flat, _RUN)])[: x.numel()].view(x.shape)
 
     def attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         tokens, num_heads, head_dim = query.shape
@@ -57,7 +57,7 @@ class InvariantArithmetic:
         sizes = self._sizes(key_tiles[0])
         group = num_heads // num_kv_heads
         # [num_kv_heads, t * group, D], and how many keys each row sees
-        rows = query.float().unflatten(1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2)
+        rows = torch.unflatten(query.float(), 1, (num_kv_heads, group)).transpose(0, 1).flatten(1, 2)
         rows = rows * (1 / math.sqrt(head_dim))
         seen = torch.arange(context - tokens + 1, context + 1, device=query.device).repeat_interleave(group)
         parts = []
@@ -66,7 +66,7 @@ class InvariantArithmetic:
             num_tiles = -(-int(limits.max()) // _KEY_TILE)
             attended = self._attend(tile, limits, key_tiles[:num_tiles], value_tiles[:num_tiles])
             parts.append(attended[:, : stop - start])
-        whole = torch.cat(parts, dim=1).unflatten(1, (tokens, group))
+        whole = torch.unflatten(torch.cat(parts, dim=1), 1, (tokens, group))
         return whole.transpose(0, 1).flatten(1, 2).to(query.dtype)
 
     def by_rows(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _tiles(x: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor
 def _key_tiles(context: Tensor) -> Tensor:
     """float32 [n, num_kv_heads, _KEY_TILE, D] of keys or values [context, num_kv_heads, D], with zeros."""
     padded = F.pad(context.float(), (0, 0, 0, 0, 0, -len(context) % _KEY_TILE))
-    return padded.unflatten(0, (-1, _KEY_TILE)).transpose(1, 2).contiguous()
+    return torch.unflatten(padded, 0, (-1, _KEY_TILE)).transpose(1, 2).contiguous()
 
 
 def _equal_sizes(weight: Tensor) -> tuple[int, ...]:
