@@ -1,4 +1,4 @@
-"""`--deterministic`: a request's tokens and log-probabilities, bit for bit, whatever happens around it."""
+"""Engines as they are loaded for `--deterministic`: a request's tokens and log-probabilities, bit for bit."""
 
 from __future__ import annotations
 
