@@ -31,6 +31,9 @@ class EngineLimits:
 
 
 class Runner(Protocol):
+    def prepare(self, plan: StepPlan) -> None:
+        """Do what can be done now for a plan that may be launched next, whose token ids will have changed."""
+
     def launch(self, plan: StepPlan) -> Callable[[], AbstractSequence[tuple[SampledToken, ...]]]:
         """Start computing a plan's tokens; the returned function waits for them.
 
@@ -97,6 +100,9 @@ class Engine:
         wait = self._runner.launch(plan)
         try:
             meanwhile()
+            predicted = self._scheduler.predict(plan)
+            if predicted is not None:
+                self._runner.prepare(predicted)
         finally:
             sampled = wait()
             seconds = self._clock() - start

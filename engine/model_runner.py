@@ -48,13 +48,25 @@ class ModelRunner(Generic[W]):
         self._group = group
         self._block_size = block_size
         self._thread = thread
+        self._prepared: tuple[StepPlan, StepInput] | None = None
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Flatten a plan of one token each that may be launched next, whose tokens are still to come."""
+        self._prepared = plan, build_step_input(plan, self._block_size)
 
     def launch(self, plan: StepPlan) -> Wait:
         """Start computing a plan's tokens. One is launched at a time."""
-        step = build_step_input(plan, self._block_size)
+        step = self._step_input(plan)
         if self._thread is not None:
             return self._thread.submit(lambda: self._compute(plan, step)()).result
         return self._compute(plan, step)
+
+    def _step_input(self, plan: StepPlan) -> StepInput:
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared[0] is not plan:
+            return build_step_input(plan, self._block_size)
+        prepared[1].token_ids.numpy()[:] = [chunk.token_ids[0] for chunk in plan.chunks]
+        return prepared[1]
 
     @torch.inference_mode()
     def _compute(self, plan: StepPlan, step: StepInput) -> Wait:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from nybble.engine.block_pool import BlockPool
@@ -27,6 +27,7 @@ from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges
 from nybble.engine.fair_share import FairShare
 from nybble.engine.messages import TokenEvent
+from nybble.engine.prediction import Prediction, predict
 from nybble.engine.prefix_cache import PrefixCache
 from nybble.engine.prompt_queue import PromptQueue
 from nybble.engine.sequence import Sequence
@@ -60,6 +61,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}  # decoding or prefilling, in order of admission
         self.num_preemptions = 0
         self._admitted: list[str] = []
+        self._prediction: Prediction | None = None
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +92,13 @@ class Scheduler:
             self._shares.leave(sequence.tenant)
 
     def schedule(self) -> StepPlan:
-        """Plan a step, allocating the blocks that it writes to."""
+        """Plan a step, allocating the blocks that it writes to. That is what was predicted, if it holds."""
+        prediction, self._prediction = self._prediction, None
+        if prediction is not None and not self._has_prompts:
+            plan = prediction.confirm(self._decoding)
+            if plan is not None:
+                self._charge_decodes(self._decoding)
+                return plan
         step = StepBudget(self._config.max_num_batched_tokens, self._prompt_reserve())
         num_preemptions = self.num_preemptions
         self._schedule_decodes(step)
@@ -99,6 +107,15 @@ class Scheduler:
         self._schedule_prompts(step, can_admit=self.num_preemptions == num_preemptions)
         chunks = (self._chunk(s, count, step.num_drafts.get(s, 0)) for s, count in step.num_tokens.items())
         return StepPlan(tuple(chunks))
+
+    def predict(self, plan: StepPlan) -> StepPlan | None:
+        """What comes after a step that is being run, if that can be foreseen; its token ids are yet to come.
+        If it holds, `schedule` returns the same object."""
+        has_room = len(self._decoding) <= self._config.max_num_batched_tokens
+        if self._has_prompts or not has_room:
+            return None
+        self._prediction = predict(plan, self._sequences, self._grow_all)
+        return None if self._prediction is None else self._prediction.plan
 
     def update(self, plan: StepPlan, sampled: AbstractSequence[tuple[SampledToken, ...]]) -> list[TokenEvent]:
         """Append what a plan sampled, in its order; returns an event for each token.
@@ -141,11 +158,15 @@ class Scheduler:
 
     # Decodes.
 
+    @property
+    def _has_prompts(self) -> bool:
+        """Whether there are prompts to compute that have, or could have, a place among those that run."""
+        has_slot = len(self.running) < self._config.max_num_seqs
+        return bool(self._prompts.num_prefilling or (self._prompts.num_waiting and has_slot))
+
     def _prompt_reserve(self) -> int:
         """Tokens of a step's budget that decodes leave to prompts."""
-        has_slot = len(self.running) < self._config.max_num_seqs
-        has_prompts = self._prompts.num_prefilling or (self._prompts.num_waiting and has_slot)
-        return self._config.max_num_batched_tokens // _TURNS_IN_STEP if has_prompts else 0
+        return self._config.max_num_batched_tokens // _TURNS_IN_STEP if self._has_prompts else 0
 
     def _schedule_decodes(self, step: StepBudget) -> None:
         decodes = list(self._decoding)[: step.left_for_decodes]
@@ -154,7 +175,10 @@ class Scheduler:
         for sequence in decodes:
             if sequence in self.running:  # not preempted meanwhile
                 self._schedule_decode(sequence, step)
-        for tenant, count in Counter(sequence.tenant for sequence in step.num_tokens).items():
+        self._charge_decodes(step.num_tokens)
+
+    def _charge_decodes(self, sequences: Iterable[Sequence]) -> None:
+        for tenant, count in Counter([sequence.tenant for sequence in sequences]).items():
             self._shares.charge(tenant, count)
 
     def _rotate(self, decodes: AbstractSequence[Sequence]) -> None:
@@ -186,6 +210,16 @@ class Scheduler:
             return False
         if needed > 0:
             sequence.blocks.extend(self._pool.allocate(needed))
+        return True
+
+    def _grow_all(self, lengths: Mapping[Sequence, int]) -> bool:
+        """`_grow` each sequence to hold so many tokens; or none, and False."""
+        missing = [max(self._blocks_for(n) - len(s.blocks), 0) for s, n in lengths.items()]
+        if sum(missing) > self._pool.num_free:
+            return False
+        for sequence, count in zip(lengths, missing, strict=True):
+            if count:
+                sequence.blocks.extend(self._pool.allocate(count))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

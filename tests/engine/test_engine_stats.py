@@ -41,6 +41,9 @@ class SlowRunner:
     paged: PagedRunner
     seconds: float = 0.0
 
+    def prepare(self, plan: StepPlan) -> None:
+        self.paged.prepare(plan)
+
     def launch(self, plan: StepPlan) -> Callable[[], list[tuple[SampledToken, ...]]]:
         wait = self.paged.launch(plan)
 

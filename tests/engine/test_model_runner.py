@@ -91,3 +91,24 @@ def test_an_error_in_the_thread_comes_out_of_the_wait_and_the_next_step_runs(thr
         wait()
     worker.error = None
     assert runner.launch(_plan(1))() == [(SampledToken(2, None),)]
+
+
+def test_a_prepared_plan_runs_with_the_tokens_that_came_since(thread: Executor) -> None:
+    worker = GatedWorker()
+    worker.may_go.set()
+    runner = _runner(worker, thread)
+    plan = _plan(0, 0)
+    runner.prepare(plan)
+    for chunk, token_id in zip(plan.chunks, (7, 3), strict=True):
+        chunk.token_ids[0] = token_id  # type: ignore[index]
+    assert runner.launch(plan)() == [(SampledToken(8, None),), (SampledToken(4, None),)]
+
+
+def test_another_plan_than_the_prepared_one_runs_too() -> None:
+    worker = GatedWorker()
+    worker.may_go.set()
+    runner = _runner(worker, None)
+    prepared = _plan(1, 2)
+    runner.prepare(prepared)
+    assert runner.launch(_plan(5))() == [(SampledToken(6, None),)]
+    assert runner.launch(prepared)() == [(SampledToken(2, None),), (SampledToken(3, None),)]

@@ -24,6 +24,9 @@ class PagedRunner:
         self._block_size = block_size
         self._memory: dict[int, tuple[int, bytes]] = {}  # slot -> position, state
 
+    def prepare(self, plan: StepPlan) -> None:
+        """There is nothing to prepare."""
+
     def launch(self, plan: StepPlan) -> Callable[[], list[tuple[SampledToken, ...]]]:
         sampled = self.run(plan)
         return lambda: sampled
