@@ -29,7 +29,8 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
 
 def hash_salt(salt: str) -> bytes:
     """What comes before the first block: chains of different salts have no hash in common."""
-    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"cache salt").digest() if salt else b""
+    text = salt.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16, person=b"cache salt").digest() if salt else b""
 
 
 class BlockPool:

@@ -40,6 +40,8 @@ class Tokenizer:
         except Exception as error:  # the libraries below raise bare Exception
             raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
         self._added = self._tokenizer.added_tokens_decoder
+        self._special_ids = {token_id for token_id, token in self._added.items() if token.special}
+        self._bytes_of_token: dict[int, bytes] = {}  # of those asked for
         self._bytes_of_character = _bytes_of_characters()
         self._check_byte_level(directory)
         self._check_template(directory)
@@ -78,10 +80,16 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is control, such as an end of turn, and no part of the text."""
-        return token_id in self._added and self._added[token_id].special
+        return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; of a special token, those of its name."""
+        found = self._bytes_of_token.get(token_id)
+        if found is None:
+            found = self._bytes_of_token[token_id] = self._find_bytes(token_id)
+        return found
+
+    def _find_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             content: str = self._added[token_id].content
             return content.encode()

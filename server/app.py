@@ -29,6 +29,7 @@ from nybble.server.errors import (
     TooLargeError,
     UnavailableError,
 )
+from nybble.server.replay_store import ReplayStore
 from nybble.server.schemas import ChatCompletionChunk, Model, ModelList
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
@@ -59,14 +60,15 @@ class _API:
         self._engine = engine
         self._model = model
         self._config = config
+        self._replay = ReplayStore(model.tokenizer, config.max_replay_tokens)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await _read_body(request, self._config.max_body_bytes)
         # Templates and tokenizers take long on long prompts: not on the event loop.
         prepared = await asyncio.to_thread(
-            lambda: prepare_chat_request(parse_chat_request(body), self._model)
+            lambda: prepare_chat_request(parse_chat_request(body), self._model, self._replay)
         )
-        completion = Completion(prepared, self._engine, self._model, self._config.prices)
+        completion = Completion(prepared, self._engine, self._model, self._config.prices, self._replay)
         if not prepared.is_stream:
             return _json_response(await _unless_disconnected(request, completion.whole()))
         chunks = completion.chunks()

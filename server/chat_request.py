@@ -12,6 +12,7 @@ from nybble.engine.errors import ContextLengthError
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import ChatTemplateError
 from nybble.server.errors import BadRequestError, NotFoundError, UnprocessableError
+from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import SamplingOptions
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
 from nybble.server.served_model import ServedModel
@@ -48,6 +49,8 @@ class ChatRequest:
     sampling: SamplingParams
     num_choices: int
     stop_strings: tuple[str, ...]
+    cache_salt: str
+    explain_cache: bool
     is_stream: bool
     include_usage: bool
 
@@ -68,8 +71,10 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     return request
 
 
-def prepare_chat_request(request: ChatCompletionRequest, model: ServedModel) -> ChatRequest:
-    """Render, tokenize and settle every default.
+def prepare_chat_request(
+    request: ChatCompletionRequest, model: ServedModel, replay: ReplayStore | None = None
+) -> ChatRequest:
+    """Render, tokenize and settle every default. Turns that `replay` knows keep their tokens.
 
     Raises:
         NotFoundError: another model is named.
@@ -87,12 +92,17 @@ def prepare_chat_request(request: ChatCompletionRequest, model: ServedModel) -> 
         prompt = model.tokenizer.render_chat(messages)
     except ChatTemplateError as error:
         raise UnprocessableError(str(error), "messages") from error
+    cache_salt = request.cache_salt or ""
     prompt_token_ids = model.tokenizer.encode(prompt)
+    if replay is not None:
+        prompt_token_ids = replay.replayed(cache_salt, prompt_token_ids)
     return ChatRequest(
         prompt_token_ids=prompt_token_ids,
         sampling=_sampling(request, model, len(prompt_token_ids)),
         num_choices=request.n or 1,
         stop_strings=_stop_strings(request.stop),
+        cache_salt=cache_salt,
+        explain_cache=bool(request.explain_cache),
         is_stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
     )
@@ -126,6 +136,11 @@ def _check_supported(request: ChatCompletionRequest) -> None:
 def _check_combinations(request: ChatCompletionRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("stream_options: needs stream to be true", "stream_options")
+    is_usage_sent = request.stream_options is not None and request.stream_options.include_usage
+    if request.explain_cache and request.stream and not is_usage_sent:
+        raise BadRequestError(
+            "explain_cache: in a stream it needs stream_options.include_usage to be true", "explain_cache"
+        )
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
 

@@ -8,16 +8,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.messages import Request
+from nybble.engine.messages import CacheExplanation, Request
 from nybble.server.chat_request import ChatRequest
 from nybble.server.choices import run_choices
 from nybble.server.prices import Prices
+from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import (
     AssistantMessage,
+    CacheMiss,
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
@@ -36,16 +38,23 @@ class Completion:
     """Iterate `deltas` to run it; `usage` then tells what was used so far."""
 
     def __init__(
-        self, request: ChatRequest, engine: EngineClient, model: ServedModel, prices: Prices
+        self,
+        request: ChatRequest,
+        engine: EngineClient,
+        model: ServedModel,
+        prices: Prices,
+        replay: ReplayStore,
     ) -> None:
         self.completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         self._request = request
         self._engine = engine
         self._model = model
         self._prices = prices
+        self._replay = replay
         self._created = int(time.time())
         self._num_completion = 0
         self._num_cached = 0
+        self._explanation: CacheExplanation | None = None
 
     def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The pieces of the answers, each with the number of its choice. Closing this early aborts all."""
@@ -59,13 +68,22 @@ class Completion:
             request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
             prompt_token_ids=asked.prompt_token_ids,
             sampling=choice_sampling(asked.sampling, number),
+            cache_salt=asked.cache_salt,
+            explain_cache=asked.explain_cache and number == 0,
         )
+        token_ids, texts = list[int](), list[str]()
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
                 self._num_completion += 1
                 if number == 0:  # the others find what it has computed
                     self._num_cached = event.num_cached_tokens
+                    self._explanation = self._explanation or event.cache_explanation
                 delta = text_stream.feed(event)
+                token_ids.append(event.token_id)
+                texts.append(delta.text)
+                if delta.finish_reason is not None:
+                    text = "".join(texts)
+                    self._replay.remember(asked.cache_salt, asked.prompt_token_ids, token_ids, text)
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -77,9 +95,19 @@ class Completion:
             prompt_tokens=num_prompt,
             completion_tokens=self._num_completion,
             total_tokens=num_prompt + self._num_completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached),
+            prompt_tokens_details=PromptTokensDetails(self._num_cached, self._cache_miss()),
             estimated_cost=self._prices.cost(num_prompt, self._num_cached, self._num_completion),
         )
+
+    def _cache_miss(self) -> CacheMiss | UnsetType:
+        found = self._explanation
+        if found is None:
+            return UNSET
+        if found.first_differing_token is None:
+            return CacheMiss(found.reason)
+        token_id = self._request.prompt_token_ids[found.first_differing_token]
+        text = self._model.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return CacheMiss(found.reason, found.first_differing_token, text)
 
     async def whole(self) -> ChatCompletion:
         """The answers in one piece: the same deltas, folded."""

@@ -66,6 +66,8 @@ class ChatCompletionRequest(Struct, frozen=True):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    explain_cache: bool | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -105,8 +107,18 @@ class ChoiceLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
-class PromptTokensDetails(Struct, frozen=True):
+class CacheMiss(Struct, frozen=True, omit_defaults=True):
+    """Why no more of the prompt was cached: see the engine's `CacheExplanation`. text: that of the first
+    token that differs, as this prompt has it."""
+
+    reason: str
+    first_differing_token: int | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class PromptTokensDetails(Struct, frozen=True, omit_defaults=True):
     cached_tokens: int
+    cache_miss: CacheMiss | UnsetType = UNSET
 
 
 class Usage(Struct, frozen=True):

@@ -19,6 +19,10 @@ class ServerConfig:
     shutdown_timeout: int = field(
         default=30, metadata={"help": "seconds that open requests may go on after SIGTERM"}
     )
+    max_replay_tokens: int = field(
+        default=4_000_000,
+        metadata={"help": "tokens of answers kept, to read them alike when they come back (0: none)"},
+    )
     prices: Prices = field(default_factory=Prices)
 
 

@@ -16,6 +16,7 @@ from nybble.engine.messages import SamplingParams
 from nybble.server.chat_request import ChatRequest
 from nybble.server.completion import Completion
 from nybble.server.prices import Prices
+from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import ChatCompletionChunk
 from nybble.server.served_model import ServedModel
@@ -25,6 +26,8 @@ REQUEST = ChatRequest(
     sampling=SamplingParams(max_tokens=9),
     num_choices=1,
     stop_strings=(),
+    cache_salt="",
+    explain_cache=False,
     is_stream=True,
     include_usage=False,
 )
@@ -32,7 +35,8 @@ REQUEST = ChatRequest(
 
 def _completion(engine: ScriptedEngine, model: ServedModel, **changes: Any) -> Completion:
     prices = Prices(input_price=1.0, output_price=10.0, cached_price=0.25)
-    return Completion(replace(REQUEST, **changes), engine, model, prices)
+    replay = ReplayStore(model.tokenizer, max_tokens=1000)
+    return Completion(replace(REQUEST, **changes), engine, model, prices, replay)
 
 
 def _chunks(engine: ScriptedEngine, model: ServedModel, **changes: Any) -> list[ChatCompletionChunk]:
