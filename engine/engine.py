@@ -18,16 +18,19 @@ from nybble.engine.messages import EngineStats, Request, TokenEvent
 from nybble.engine.sampling_checks import check_sampling
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.engine.speculator import Speculator
 from nybble.engine.step import SampledToken, StepPlan
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """max_model_len: prompt and answer together; num_token_ids: prompt ids lie below it."""
+    """max_model_len: prompt and answer together; num_token_ids: prompt ids lie below it;
+    block_lookahead: how many tokens after a block its keys and values depend on, 1 with a draft layer."""
 
     max_model_len: int
     num_token_ids: int
     block_size: int
+    block_lookahead: int = 0
 
 
 class Runner(Protocol):
@@ -55,6 +58,7 @@ class Engine:
         scheduler: Scheduler,
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
+        speculator: Speculator | None = None,
     ) -> None:
         """`clock` gives seconds, for statistics."""
         self._runner = runner
@@ -62,6 +66,7 @@ class Engine:
         self._recorder = StatsRecorder(clock)
         self._scheduler = scheduler
         self._limits = limits
+        self._speculator = speculator
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +84,8 @@ class Engine:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
         rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids)
-        self._scheduler.add(Sequence(request, sampling, self._limits.block_size, rules))
+        block_size, lookahead = self._limits.block_size, self._limits.block_lookahead
+        self._scheduler.add(Sequence(request, sampling, block_size, rules, lookahead))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
@@ -105,13 +111,18 @@ class Engine:
                 self._runner.prepare(predicted)
         finally:
             sampled = wait()
+            drafts = self._speculator.draft(plan, sampled) if self._speculator else {}
             seconds = self._clock() - start
             events = self._scheduler.update(plan, sampled)
+            self._scheduler.take_drafts(drafts)
             self._recorder.step_done(plan, seconds, events)
         return events
 
     def stats(self) -> EngineStats:
-        return self._recorder.snapshot(self._scheduler.gauges())
+        stats = self._recorder.snapshot(self._scheduler.gauges())
+        if self._speculator is None:
+            return stats
+        return msgspec.structs.replace(stats, speculation=self._speculator.stats())
 
     def check(self) -> None:
         """Assert that no block is lost. For tests, and when idle."""

@@ -65,6 +65,17 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    num_speculative_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "tokens drafted ahead for each request with the checkpoint's MTP layer, at most: 1 to 4, "
+            "fewer where that is measured to be faster (0: off)"
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     checkpoint: str = field(metadata={"help": "checkpoint directory"})
     backend: Literal["auto", "reference", "triton"] = field(
@@ -95,3 +106,4 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)

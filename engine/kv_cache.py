@@ -42,10 +42,14 @@ class CacheGeometry:
         dtype: torch.dtype,
         block_size: int,
         num_blocks: int = 0,
+        with_draft: bool = False,
     ) -> CacheGeometry:
-        """The cache of `num_blocks` blocks for what the rank at `placement` holds of `model`."""
+        """The cache of `num_blocks` blocks for what the rank at `placement` holds of `model`.
+
+        The draft layer's, if it is wanted, is the last layer.
+        """
         return cls(
-            num_layers=len(placement.layers(model.num_hidden_layers)),
+            num_layers=len(placement.layers(model.num_hidden_layers)) + with_draft,
             num_kv_heads=len(placement.units(model.num_key_value_heads)),
             head_dim=model.head_dim,
             dtype=dtype,

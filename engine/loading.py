@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from nybble.engine.backend import make_ops
 from nybble.engine.block_pool import BlockPool
 from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.decode_graphs import record_cuda_graph
+from nybble.engine.draft_model import DraftModel
+from nybble.engine.draft_worker import DraftWorker
+from nybble.engine.drafter import Drafter, ModelDrafter
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.hardware import Hardware, detect
@@ -33,10 +37,12 @@ from nybble.engine.rank_group import RankGroup
 from nybble.engine.resolution import MemoryPlan, resolve
 from nybble.engine.sampler import Sampler
 from nybble.engine.scheduler import Scheduler
+from nybble.engine.speculator import Speculator
 from nybble.engine.verify_checkpoint import check_structure
 from nybble.engine.vocabulary import count_token_ids
 from nybble.engine.weights import load_weights
 from nybble.engine.worker import Worker
+from nybble.kernels.ops import KVCacheLayer
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def prepare(config: EngineConfig) -> Preparation:
         max_model_len=resolved.max_model_len or model_config.max_position_embeddings,
         num_token_ids=count_token_ids(directory, model_config.vocab_size),
         block_size=resolved.cache.block_size,
+        block_lookahead=1 if resolved.speculation.num_speculative_tokens else 0,
     )
     return Preparation(resolved, placement, hardware, model_config, checkpoint, memory, limits)
 
@@ -118,14 +125,27 @@ def load_worker(
         weight_dtypes=config.weights,
         placement=preparation.placement,
         on_layer=on_layer,
+        with_draft=config.speculation.num_speculative_tokens > 0,
     )
     all_reduce = group.all_reduce_in_order if config.deterministic else group.all_reduce
     model = Glm4Moe(model_config, weights, ops, device, all_reduce)
-    kv_cache = allocate_kv_cache(preparation.memory.cache_geometry, ops, device, _kv_scales(preparation))
-    worker = Worker(model_config, model, kv_cache, group, device, dtype)
+    caches: Sequence[KVCacheLayer] = allocate_kv_cache(
+        preparation.memory.cache_geometry, ops, device, _kv_scales(preparation)
+    )
+    draft_worker = None
+    if weights.draft is not None:
+        *caches, draft_cache = caches
+        draft_model, limits = DraftModel(weights.draft, ops, model), preparation.limits
+        draft_worker = DraftWorker(draft_model, draft_cache, group, limits.block_size, limits.num_token_ids)
+    worker = Worker(model_config, model, tuple(caches), group, device, dtype, draft_worker)
     if not config.enforce_eager:
         max_blocks = -(-preparation.limits.max_model_len // preparation.limits.block_size)
-        worker.record_decode_graphs(record_cuda_graph, config.scheduler.max_num_seqs, max_blocks)
+        worker.record_decode_graphs(
+            record_cuda_graph,
+            config.scheduler.max_num_seqs,
+            max_blocks,
+            config.speculation.num_speculative_tokens,
+        )
     return worker
 
 
@@ -133,27 +153,38 @@ def _kv_scales(preparation: Preparation) -> tuple[KVScales, ...]:
     """Of the rank's layers; none for a cache that has no use for them."""
     if preparation.config.cache.kv_cache_dtype != "fp8":
         return ()
-    layers = preparation.placement.layers(preparation.model_config.num_hidden_layers)
+    num_layers = preparation.model_config.num_hidden_layers
+    layers = list(preparation.placement.layers(num_layers))
+    if preparation.config.speculation.num_speculative_tokens:
+        layers.append(num_layers)
     return read_kv_scales(preparation.checkpoint, layers)
 
 
-def build_engine(preparation: Preparation, worker: Worker[Any], group: RankGroup) -> Engine:
-    """Rank 0's engine around its worker."""
+def build_engine(
+    preparation: Preparation, worker: Worker[Any], group: RankGroup, drafter: Drafter | None = None
+) -> Engine:
+    """Rank 0's engine around its worker. `drafter` takes the place of the checkpoint's draft layer."""
     config, geometry = preparation.config, preparation.memory.cache_geometry
+    num_drafts = config.speculation.num_speculative_tokens
     sampler = Sampler(make_ops(config, preparation.hardware), preparation.limits.num_token_ids)
     scheduler = Scheduler(
         config.scheduler,
         BlockPool(geometry.num_blocks),
         geometry.block_size,
         config.cache.enable_prefix_caching,
+        num_drafts,
     )
     # A GPU computes by itself.
     thread = ThreadPoolExecutor(1, "step") if preparation.hardware.device == "cpu" else None
     runner = ModelRunner(worker, sampler, group, geometry.block_size, thread)
-    return Engine(runner, scheduler, preparation.limits)
+    speculator = None
+    if num_drafts:
+        drafter = drafter or ModelDrafter(worker, group, geometry.block_size, thread)
+        speculator = Speculator(drafter, num_drafts, time.perf_counter)
+    return Engine(runner, scheduler, preparation.limits, speculator=speculator)
 
 
-def load_engine(preparation: Preparation) -> Engine:
-    """Load an engine of one rank, in this process."""
+def load_engine(preparation: Preparation, drafter: Drafter | None = None) -> Engine:
+    """Load an engine of one rank, in this process. `drafter` takes the place of the draft layer."""
     group = RankGroup(preparation.placement)
-    return build_engine(preparation, load_worker(preparation, group), group)
+    return build_engine(preparation, load_worker(preparation, group), group, drafter)

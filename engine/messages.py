@@ -128,6 +128,15 @@ class HistogramCounts(Struct, frozen=True, kw_only=True):
     sum: float
 
 
+class SpeculationStats(Struct, frozen=True, kw_only=True):
+    """num_drafts, num_accepted: by the draft's position, since the start; a draft counts as accepted if all
+    before it are. depth: drafts made for each sequence in the last step."""
+
+    num_drafts: tuple[int, ...]
+    num_accepted: tuple[int, ...]
+    depth: int
+
+
 class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
     """A snapshot, sent when the engine goes idle and at most once a second while it runs.
 
@@ -140,6 +149,8 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
     inter_token_latency: from one token of a request to its next; those of one step come together
     step_time: from a step's launch to its tokens
     step_tokens, step_sequences: how many of them a step runs
+
+    speculation is None where nothing is drafted.
     """
 
     num_waiting: int
@@ -159,6 +170,7 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
     step_time: HistogramCounts
     step_tokens: HistogramCounts
     step_sequences: HistogramCounts
+    speculation: SpeculationStats | None = None
 
 
 ToEngine = Request | Abort

@@ -15,7 +15,7 @@ from typing import Generic, Protocol
 import torch
 from torch import Tensor
 
-from nybble.engine.rank_group import RankGroup
+from nybble.engine.rank_group import Announced, RankGroup
 from nybble.engine.sampler import Draw, Sampler
 from nybble.engine.step import SampledToken, StepInput, StepPlan, build_step_input, pack
 from nybble.kernels.ops import W
@@ -71,7 +71,7 @@ class ModelRunner(Generic[W]):
     @torch.inference_mode()
     def _compute(self, plan: StepPlan, step: StepInput) -> Wait:
         if not self._group.is_alone:
-            self._group.announce(pack(step))
+            self._group.announce(Announced.STEP, pack(step))
         logits = self._worker.execute(step)
         draw: Draw | None = None
         if logits is not None:

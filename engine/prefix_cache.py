@@ -23,7 +23,7 @@ class PrefixCache:
 
     def keep(self, sequence: Sequence, start: int) -> None:
         """Make findable the blocks that were filled since position `start`."""
-        first, end = start // self._block_size, sequence.num_computed // self._block_size
+        first, end = start // self._block_size, sequence.num_full_blocks
         if not self._is_on or end <= first:
             return
         for index, block in enumerate(sequence.blocks.array[first:end].tolist(), first):

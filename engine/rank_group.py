@@ -1,7 +1,7 @@
 """The ranks that run one model, and all that they say to each other, over torch.distributed.
 
     group      backend                  carries
-    stage      NCCL, gloo on CPUs       partial sums, among the ranks of a pipeline stage
+    stage      NCCL, gloo on CPUs       partial sums and drafts, among the ranks of a pipeline stage
     default    NCCL, gloo on CPUs       hidden states to the next stage, logits to rank 0
     control    gloo                     the steps that rank 0 decides; reports while loading
     lifeline   gloo                     nothing until the end (`lifeline.py`)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,16 @@ from nybble.engine.placement import Placement
 
 # Between two requests, and while one rank loads, the others wait: that is no error.
 _PATIENCE = timedelta(days=365)
+
+
+_END = 0
+
+
+class Announced(IntEnum):
+    """What rank 0 lets the others do."""
+
+    STEP = 1
+    DRAFT = 2
 
 
 class RankGroup:
@@ -59,15 +70,22 @@ class RankGroup:
     def all_reduce_in_order(self, partial: Tensor) -> Tensor:
         """As `all_reduce`, but every number is added up in the order of ranks. Libraries cut a tensor into
         pieces and begin each at another rank, so that the order depends on a number's place."""
-        num_ranks = self.placement.split.tensor_parallel
-        if num_ranks > 1:
-            parts = [torch.empty_like(partial) for _ in range(num_ranks)]
-            dist.all_gather(parts, partial, group=self._stage)
-            total = parts[0].float()
-            for part in parts[1:]:
+        if self.placement.split.tensor_parallel > 1:
+            first, *others = self.gather_stage(partial)
+            total = first.float()
+            for part in others:
                 total += part
             partial.copy_(total)
         return partial
+
+    def gather_stage(self, share: Tensor) -> tuple[Tensor, ...]:
+        """The `share`, of one shape, of each rank of the stage, in the order of ranks."""
+        num_ranks = self.placement.split.tensor_parallel
+        if num_ranks == 1:
+            return (share,)
+        shares = [torch.empty_like(share) for _ in range(num_ranks)]
+        dist.all_gather(shares, share, group=self._stage)
+        return tuple(shares)
 
     def send_hidden(self, hidden: Tensor) -> None:
         """Pass hidden states [T, H] on to the next stage."""
@@ -90,26 +108,27 @@ class RankGroup:
 
     # Control: tensors on the host.
 
-    def announce(self, numbers: Tensor) -> None:
-        """From rank 0, send int64 [N] to all others; N > 0."""
+    def announce(self, work: Announced, numbers: Tensor) -> None:
+        """From rank 0, tell all others what comes and send them int64 [N]."""
         if not self.is_alone:
-            dist.broadcast(torch.tensor([len(numbers)]), src=0, group=self._control)
+            dist.broadcast(torch.tensor([work, len(numbers)]), src=0, group=self._control)
             dist.broadcast(numbers, src=0, group=self._control)
 
     def announce_end(self) -> None:
         """From rank 0, tell all others that nothing more comes."""
         if not self.is_alone:
-            dist.broadcast(torch.tensor([0]), src=0, group=self._control)
+            dist.broadcast(torch.tensor([_END, 0]), src=0, group=self._control)
 
-    def next_announcement(self) -> Tensor | None:
-        """On the other ranks: what rank 0 announces, int64 [N]; None at the end."""
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._control)
-        if not size.item():
+    def next_announcement(self) -> tuple[Announced, Tensor] | None:
+        """On the other ranks: what rank 0 announces, with int64 [N]; None at the end."""
+        header = torch.zeros(2, dtype=torch.int64)
+        dist.broadcast(header, src=0, group=self._control)
+        work, size = header.tolist()
+        if work == _END:
             return None
-        numbers = torch.empty(int(size), dtype=torch.int64)
+        numbers = torch.empty(size, dtype=torch.int64)
         dist.broadcast(numbers, src=0, group=self._control)
-        return numbers
+        return Announced(work), numbers
 
     def exchange(self, report: bytes) -> list[bytes]:
         """Every rank's report, in the order of ranks; all must take part."""

@@ -5,6 +5,7 @@ What `resolve` returns is logged and holds no more "auto" or None.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype
@@ -13,11 +14,12 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.gpu_specs import GIB, GpuSet
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import EXPERTS, Inventory, KVDtype
+from nybble.engine.inventory import EXPERTS, Group, Inventory, KVDtype
 from nybble.engine.kv_cache import KV_TORCH_DTYPES, CacheGeometry
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.placement import Placement
 
+MAX_SPECULATIVE_TOKENS = 4
 _CPU_CACHE_BYTES = 4 * GIB  # the most that is taken without being asked for
 
 
@@ -53,6 +55,7 @@ def resolve(
     """
     model = inventory.config
     _check_ranges(config, model)
+    _check_speculation(config, inventory)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if hardware.device == "cpu" else "bfloat16"
@@ -85,7 +88,8 @@ def _plan_memory(
     """`nybble plan` for this machine, with the weights as the backend holds them."""
     max_model_len = config.max_model_len or 0
     gpus = GpuSet(placement.split.num_ranks, hardware.spec)
-    held = inventory.without_draft().recast(config.weights)
+    has_draft = config.speculation.num_speculative_tokens > 0
+    held = (inventory if has_draft else inventory.without_draft()).recast(config.weights)
     if config.backend == "reference":
         held = held.dequantized(item_bytes=4 if config.dtype == "float32" else 2)
     else:
@@ -95,7 +99,11 @@ def _plan_memory(
         raise OptionError(str(plan.shortfall))
     weight_bytes = plan.best.stages[placement.stage].rank_bytes
     geometry = CacheGeometry.of(
-        inventory.config, placement, KV_TORCH_DTYPES[kv_dtype], config.cache.block_size
+        inventory.config,
+        placement,
+        KV_TORCH_DTYPES[kv_dtype],
+        config.cache.block_size,
+        with_draft=has_draft,
     )
     cache_bytes = _cache_bytes(config, hardware, weight_bytes)
     geometry = replace(geometry, num_blocks=cache_bytes // geometry.block_bytes)
@@ -104,19 +112,19 @@ def _plan_memory(
 
 
 def _can_record(backend: str, inventory: Inventory, placement: Placement, hardware: Hardware) -> bool:
-    """Whether decode steps can be CUDA graphs. Stages wait for each other on the host, and so do experts that
-    have no kernel."""
+    """Whether the main model's decode steps can be CUDA graphs. Stages wait for each other on the host, and
+    so do experts that have no kernel."""
     is_one_stage = placement.is_first_stage and placement.is_last_stage
-    has_kernels = all("FP4" in layout for layout in _expert_layouts(inventory))
+    has_kernels = all("FP4" in layout for layout in _expert_layouts(inventory.main))
     return backend == "triton" and hardware.device == "cuda" and is_one_stage and has_kernels
 
 
-def _expert_layouts(inventory: Inventory) -> list[str]:
-    return sorted({group.layout for group in inventory.groups if group.part == EXPERTS})
+def _expert_layouts(groups: Iterable[Group]) -> list[str]:
+    return sorted({group.layout for group in groups if group.part == EXPERTS})
 
 
 def _check_expert_kernels(inventory: Inventory) -> None:
-    layouts = _expert_layouts(inventory)
+    layouts = _expert_layouts(inventory.groups)
     if any("FP8" in layout for layout in layouts):
         raise OptionError(
             f"backend is 'triton', which has no kernels for experts in {', '.join(layouts)}: "
@@ -146,6 +154,27 @@ def _check_ranges(config: EngineConfig, model: ModelConfig) -> None:
         raise OptionError(
             f"max_num_batched_tokens is {config.scheduler.max_num_batched_tokens}, expected at "
             f"least max_num_seqs = {config.scheduler.max_num_seqs}, one token for each request"
+        )
+
+
+def _check_speculation(config: EngineConfig, inventory: Inventory) -> None:
+    count = config.speculation.num_speculative_tokens
+    if not 0 <= count <= MAX_SPECULATIVE_TOKENS:
+        raise OptionError(f"num_speculative_tokens is {count}, expected 0 (off) to {MAX_SPECULATIVE_TOKENS}")
+    if not count:
+        return
+    num_layers = inventory.config.num_nextn_predict_layers
+    if num_layers != 1 or not inventory.has_draft:
+        found = f"num_nextn_predict_layers {num_layers}" if num_layers != 1 else "no tensors of it"
+        raise OptionError(
+            f"num_speculative_tokens is {count}, but drafting takes one MTP layer and the checkpoint has "
+            f"{found}"
+        )
+    stages = config.parallel.pipeline_parallel_size
+    if stages > 1:
+        raise OptionError(
+            f"num_speculative_tokens is {count}, but pipeline_parallel_size is {stages}: drafting takes all "
+            "layers on one stage"
         )
 
 

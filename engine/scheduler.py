@@ -47,11 +47,14 @@ class Scheduler:
         block_pool: BlockPool,
         block_size: int,
         enable_prefix_caching: bool,
+        num_speculative_tokens: int = 0,
     ) -> None:
+        """num_speculative_tokens: drafts that a step may be followed by."""
         self._config = config
         self._pool = block_pool
         self._block_size = block_size
         self._cache = PrefixCache(block_pool, block_size, enable_prefix_caching)
+        self._lookahead = max(num_speculative_tokens - 1, 0)  # slots that guesses from guesses take
         self._shares = FairShare(_MAX_LAG * config.max_num_batched_tokens)
         self._prompts = PromptQueue(self._shares)
         self._sequences: dict[str, Sequence] = {}
@@ -105,6 +108,7 @@ class Scheduler:
         self._schedule_drafts(step)
         # A victim that came straight back for the blocks that are left would be preempted again.
         self._schedule_prompts(step, can_admit=self.num_preemptions == num_preemptions)
+        self._make_room_for_drafts(step)
         chunks = (self._chunk(s, count, step.num_drafts.get(s, 0)) for s, count in step.num_tokens.items())
         return StepPlan(tuple(chunks))
 
@@ -130,6 +134,13 @@ class Scheduler:
             if sequence in self.running:
                 events += self._advance(sequence, chunk, tokens.get(chunk.request_id, ()))
         return events
+
+    def take_drafts(self, drafts: Mapping[str, tuple[int, ...]]) -> None:
+        """For the next step, by request; those that are not running are ignored."""
+        for request_id, guesses in drafts.items():
+            sequence = self._sequences.get(request_id)
+            if sequence in self._decoding:
+                sequence.drafts = guesses
 
     def take_admitted(self) -> list[str]:
         """Requests that were admitted for the first time since this was last asked."""
@@ -202,6 +213,13 @@ class Scheduler:
             if drafts and self._grow(sequence, sequence.num_computed + 1 + len(drafts)):
                 step.add_drafts(sequence, len(drafts))
                 self._shares.charge(sequence.tenant, len(drafts))
+
+    def _make_room_for_drafts(self, step: StepBudget) -> None:
+        """Slots where the draft layer can guess from its own guesses, if nobody has to give way for them."""
+        if self._lookahead:
+            for sequence, count in step.num_tokens.items():
+                end = sequence.num_computed + count + step.num_drafts.get(sequence, 0)
+                self._grow(sequence, end + self._lookahead)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend a sequence's blocks to hold `num_tokens`; False if too few are free."""
@@ -276,15 +294,16 @@ class Scheduler:
     # Both.
 
     def _chunk(self, sequence: Sequence, count: int, num_drafts: int) -> Chunk:
-        start = sequence.num_computed
+        start, is_last = sequence.num_computed, count == sequence.num_uncomputed
         token_ids = sequence.token_ids[start : start + count]
         return Chunk(
             request_id=sequence.request_id,
             token_ids=token_ids + list(sequence.drafts[:num_drafts]) if num_drafts else token_ids,
             start=start,
-            blocks=sequence.blocks.array[: self._blocks_for(start + count + num_drafts)],
-            sampling=sequence.sampling if count == sequence.num_uncomputed else None,
+            blocks=sequence.blocks.array[: self._blocks_for(start + count + num_drafts + self._lookahead)],
+            sampling=sequence.sampling if is_last else None,
             num_drafts=num_drafts,
+            next_token_id=None if is_last else sequence.token_ids[start + count],
             rules=sequence.rules,
         )
 

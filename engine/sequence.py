@@ -24,7 +24,9 @@ class Sequence:
         sampling: SamplingParams,
         block_size: int,
         rules: LogitRules | None = None,
+        block_lookahead: int = 0,
     ) -> None:
+        """block_lookahead: how many tokens after a block its keys and values depend on."""
         self.request_id = request.request_id
         self.priority = request.priority
         self.tenant = request.tenant
@@ -43,6 +45,7 @@ class Sequence:
         self.blocks = BlockTable()
         self._block_size = block_size
         self._salt_hash = hash_salt(request.cache_salt)
+        self._block_lookahead = block_lookahead
         self._block_hashes: list[bytes] = []
 
     @property
@@ -68,6 +71,12 @@ class Sequence:
             return ()
         return self.drafts[: self.sampling.max_tokens - self.num_output_tokens - 1]
 
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks with keys and values that no later token changes."""
+        num_known = len(self.token_ids) - self._block_lookahead
+        return min(self.num_computed, num_known) // self._block_size
+
     def begin(self, num_cached_tokens: int) -> None:
         """Start to compute after a prefix whose keys and values `blocks` already holds."""
         self.num_computed = num_cached_tokens
@@ -76,7 +85,7 @@ class Sequence:
             self.num_cached_tokens = num_cached_tokens
 
     def block_hash(self, index: int) -> bytes:
-        """Hash of a block, which must be full of tokens, chained to those before it. Computed once."""
+        """Hash of a full block, and of what it depends on, chained to those before it. Computed once."""
         while len(self._block_hashes) <= index:
             number = len(self._block_hashes)
             self._block_hashes.append(hash_block(self.hash_before(number), self.tokens_of_block(number)))
@@ -87,8 +96,9 @@ class Sequence:
         return self.block_hash(index - 1) if index else self._salt_hash
 
     def tokens_of_block(self, index: int) -> list[int]:
+        """Those that its keys and values depend on, of the block and after it."""
         start = index * self._block_size
-        return self.token_ids[start : start + self._block_size]
+        return self.token_ids[start : start + self._block_size + self._block_lookahead]
 
     def block_hashes(self, count: int) -> Iterator[bytes]:
         """Those of the first `count` blocks, computed as far as they are asked for."""

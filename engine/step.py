@@ -26,7 +26,8 @@ class Chunk(Struct, frozen=True, gc=False):
     reach;
     sampling: how to choose the token that follows, or None while more of the prompt is to come;
     num_drafts: how many of the last tokens are guesses of what will be sampled, to be verified. Only
-    a chunk that samples has any; rules: what the request changes of its logits.
+    a chunk that samples has any; rules: what the request changes of its logits; next_token_id: what follows
+    the chunk, if it does not sample.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Chunk(Struct, frozen=True, gc=False):
     sampling: SamplingParams | None
     num_drafts: int = 0
     rules: LogitRules | None = None
+    next_token_id: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from nybble.engine.decode_graphs import DecodeGraphs, Record
+from nybble.engine import draft_step
+from nybble.engine.decode_graphs import DecodeGraphs, Outputs, Record
+from nybble.engine.draft_step import DraftInput
+from nybble.engine.draft_worker import DraftWorker
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
-from nybble.engine.rank_group import RankGroup
+from nybble.engine.rank_group import Announced, RankGroup
 from nybble.engine.step import StepInput, unpack
 from nybble.kernels.ops import KVCacheLayer, W
 
@@ -24,6 +27,7 @@ class Worker(Generic[W]):
         group: RankGroup,
         device: torch.device,
         dtype: torch.dtype,
+        draft_worker: DraftWorker[W] | None = None,
     ) -> None:
         """`dtype` is that of the activations."""
         self._config = config
@@ -32,17 +36,28 @@ class Worker(Generic[W]):
         self._group = group
         self._device = device
         self._dtype = dtype
+        self._draft_worker = draft_worker
         self._decode_graphs: DecodeGraphs | None = None
+        self._last_step: tuple[StepInput, Tensor] | None = None  # with its hidden states, for drafting
 
     @torch.inference_mode()
-    def record_decode_graphs(self, record: Record, max_num_seqs: int, max_blocks: int) -> None:
-        """From now on replay decode steps. For a rank that has all layers, of a backend that leaves out
-        tokens in negative slots and sequences without context."""
+    def record_decode_graphs(
+        self, record: Record, max_num_seqs: int, max_blocks: int, max_num_drafts: int = 0
+    ) -> None:
+        """From now on replay decode steps, with up to max_num_drafts drafts for each sequence.
 
-        def forward(step: StepInput) -> Tensor:
-            return self._logits(self._run_stage(step), step)
+        For a rank that has all layers, of a backend that leaves out tokens in negative slots and sequences
+        without context.
+        """
 
-        self._decode_graphs = DecodeGraphs(forward, record, max_num_seqs, max_blocks, self._device)
+        def forward(step: StepInput) -> Outputs:
+            hidden = self._run_stage(step)
+            return self._logits(hidden, step), self._normed(hidden)
+
+        query_lengths = range(1, max_num_drafts + 2)
+        self._decode_graphs = DecodeGraphs(
+            forward, record, max_num_seqs, query_lengths, max_blocks, self._device
+        )
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> Tensor | None:
@@ -51,13 +66,15 @@ class Worker(Generic[W]):
         step = step.to(self._device)
         logits: Tensor | None = None
         if self._decode_graphs is not None and self._decode_graphs.can_run(step):
-            logits = self._decode_graphs.run(step)
+            logits, normed = self._decode_graphs.run(step)
+            self._last_step = step, normed
         else:
             hidden = self._run_stage(step)
             if not placement.is_last_stage:
                 self._group.send_hidden(hidden)
-            elif len(step.logit_rows):
-                logits = self._logits(hidden, step)
+            else:
+                logits = self._logits(hidden, step) if len(step.logit_rows) else None
+                self._last_step = step, self._normed(hidden)
         if not len(step.logit_rows):
             return None
         if placement.rank == 0:
@@ -66,14 +83,29 @@ class Worker(Generic[W]):
             self._group.send_logits(logits)
         return None
 
+    @torch.inference_mode()
+    def draft(self, inputs: DraftInput) -> Tensor:
+        """After `execute`: the drafts int64 [S', most of a sequence] that follow the step's tokens."""
+        if self._draft_worker is None or self._last_step is None:
+            raise ValueError("this rank has no draft layer, or no step to draft after")
+        return self._draft_worker.draft(inputs, *self._last_step)
+
     def follow(self) -> None:
         """On the ranks other than 0: run what rank 0 announces, until it announces the end."""
-        while (numbers := self._group.next_announcement()) is not None:
-            self.execute(unpack(numbers))
+        while (announcement := self._group.next_announcement()) is not None:
+            work, numbers = announcement
+            if work is Announced.STEP:
+                self.execute(unpack(numbers))
+            else:
+                self.draft(draft_step.unpack(numbers))
 
     def _logits(self, hidden: Tensor, step: StepInput) -> Tensor:
         """This rank's share of the logits [S', V], on the last stage."""
         return self._model.logits(hidden[step.logit_rows])
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """What the draft layer takes of hidden states [T, H]; without one, nothing is computed."""
+        return hidden if self._draft_worker is None else self._model.normed(hidden)
 
     def _run_stage(self, step: StepInput) -> Tensor:
         """Hidden states [T, H] after the layers of this stage."""

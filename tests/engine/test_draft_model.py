@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from draft_oracle import DraftOracle
 from running import random_prompt
 from safetensors.torch import load_file, save_file
-from tiny_glm import VARIANTS, draft_oracle, make_checkpoint
+from tiny_glm import VARIANTS, make_checkpoint
 from torch import Tensor
 from transformers import Glm4MoeForCausalLM
-from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
 
 from nybble.engine.checkpoint import Checkpoint
 from nybble.engine.draft_model import DraftModel
@@ -76,19 +75,6 @@ def load(directory: Path) -> tuple[ModelWeights[Tensor], Drafting]:
     return weights, Drafting(main, DraftModel(weights.draft, ops, main), tuple(caches))
 
 
-def expected_logits(oracle: MtpModel, hidden: Tensor, token_ids: list[int], depth: int) -> Tensor:
-    """[depth, V]: of each guess after `token_ids`, the last of which has no hidden state yet."""
-    cache, logits = MtpCache(config=oracle.config), []
-    tokens, position, state = torch.tensor([token_ids[1:]]), 1, hidden.unsqueeze(0)
-    for _ in range(depth):
-        positions = torch.arange(position, position + tokens.shape[1]).unsqueeze(0)
-        state = oracle.forward_layer(0, state, positions, cache, input_ids=tokens)[:, -1:]
-        position += tokens.shape[1]
-        logits.append(oracle._project_to_logits(state)[0, -1])
-        tokens = logits[-1].argmax().view(1, 1)
-    return torch.stack(logits)
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Variant:
     directory = tmp_path_factory.mktemp(request.param)
@@ -102,7 +88,7 @@ def test_guesses_are_transformers(variant: Variant) -> None:
     _, drafting = load(directory)
     token_ids = list(random_prompt(53, seed=4))
     hidden = drafting.hidden(token_ids[:-1])
-    expected = expected_logits(draft_oracle(directory, main), hidden, token_ids, DEPTH)
+    expected = DraftOracle(directory, main).logits(token_ids, DEPTH)
     logits, normed = drafting.rows(token_ids[1:], 0, hidden)
     for depth in range(DEPTH):
         error = (logits[-1] - expected[depth]).abs().max()

@@ -4,16 +4,26 @@ from dataclasses import fields
 
 import pytest
 
-from nybble.engine.engine_config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from nybble.engine.engine_config import (
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from nybble.engine.errors import OptionError
 from nybble.engine.placement import Split
 from nybble.engine.weight_dtypes import WeightDtypes
 
 
-@pytest.mark.parametrize("kind", [CacheConfig, SchedulerConfig, ParallelConfig, WeightDtypes, EngineConfig])
+@pytest.mark.parametrize(
+    "kind", [CacheConfig, SchedulerConfig, ParallelConfig, SpeculationConfig, WeightDtypes, EngineConfig]
+)
 def test_every_option_has_a_help_text(kind: type) -> None:
     helpless = [f.name for f in fields(kind) if not f.metadata.get("help")]
-    assert helpless == (["weights", "parallel", "cache", "scheduler"] if kind is EngineConfig else [])
+    assert helpless == (
+        ["weights", "parallel", "cache", "scheduler", "speculation"] if kind is EngineConfig else []
+    )
 
 
 @pytest.mark.parametrize(

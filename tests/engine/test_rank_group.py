@@ -11,7 +11,7 @@ from rank_talk import ANNOUNCEMENTS, hidden_of, logits_of, report_of
 from ranks import rank_processes
 
 from nybble.engine.placement import Placement
-from nybble.engine.rank_group import RankGroup
+from nybble.engine.rank_group import Announced, RankGroup
 
 RANKS = range(4)  # TP 2 x PP 2: stages (0, 1) and (2, 3)
 
@@ -53,6 +53,7 @@ def test_alone_it_needs_nobody() -> None:
     assert group.exchange(b"report") == [b"report"]
     assert group.all_reduce(torch.ones(2)).tolist() == [1, 1]
     assert group.all_reduce_in_order(torch.ones(2)).tolist() == [1, 1]
-    group.announce(torch.tensor([1]))
+    assert [share.tolist() for share in group.gather_stage(torch.ones(2))] == [[1, 1]]
+    group.announce(Announced.STEP, torch.tensor([1]))
     group.announce_end()
     group.close()

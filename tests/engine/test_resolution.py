@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from nybble.engine.engine_config import CacheConfig, EngineConfig, SchedulerConfig
+from nybble.engine.engine_config import (
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from nybble.engine.errors import OptionError
 from nybble.engine.gpu_specs import GIB
 from nybble.engine.hardware import Hardware
@@ -276,6 +283,51 @@ def test_draft_layers_are_not_held() -> None:
     draft = Group(4, True, "attention", None, num_parameters=5 * GIB)
     _, memory = resolve(CONFIG, replace(inventory, groups=(*inventory.groups, draft)), Placement(), CPU)
     assert memory.weight_bytes == 4000
+
+
+def _drafting(
+    num_drafts: int, num_layers: int = 1, has_tensors: bool = True
+) -> tuple[EngineConfig, Inventory]:
+    inventory = _inventory(1000)
+    draft = Group(4, True, "attention", None, num_parameters=500) if has_tensors else None
+    model = replace(inventory.config, num_nextn_predict_layers=num_layers)
+    groups = (*inventory.groups, draft) if draft else inventory.groups
+    speculation = SpeculationConfig(num_speculative_tokens=num_drafts)
+    return replace(CONFIG, speculation=speculation), replace(inventory, config=model, groups=groups)
+
+
+def test_a_draft_layer_that_is_used_is_counted() -> None:
+    (plain, _), (config, inventory) = _drafting(0), _drafting(2)
+    _, without = resolve(plain, inventory, Placement(), CPU)
+    _, memory = resolve(config, inventory, Placement(), CPU)
+    assert (without.weight_bytes, memory.weight_bytes) == (4000, 6000)
+    assert memory.cache_geometry.num_layers == without.cache_geometry.num_layers + 1
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "num_layers", "has_tensors", "message"),
+    [
+        (5, 1, True, "num_speculative_tokens is 5, expected 0 (off) to 4"),
+        (-1, 1, True, "num_speculative_tokens is -1, expected 0 (off) to 4"),
+        (1, 0, False, "drafting takes one MTP layer and the checkpoint has num_nextn_predict_layers 0"),
+        (1, 2, True, "drafting takes one MTP layer and the checkpoint has num_nextn_predict_layers 2"),
+        (1, 1, False, "drafting takes one MTP layer and the checkpoint has no tensors of it"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(
+    num_drafts: int, num_layers: int, has_tensors: bool, message: str
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        resolve(*_drafting(num_drafts, num_layers, has_tensors), Placement(), CPU)
+
+
+def test_drafts_over_pipeline_stages_are_refused() -> None:
+    config, inventory = _drafting(1)
+    config = replace(config, parallel=ParallelConfig(pipeline_parallel_size=2))
+    with pytest.raises(
+        OptionError, match="pipeline_parallel_size is 2: drafting takes all layers on one stage"
+    ):
+        resolve(config, inventory, Placement(Split(1, 1, 2)), CPU)
 
 
 @pytest.mark.parametrize(

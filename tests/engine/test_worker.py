@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from rank_engine import Case, Tokens, generate
+from rank_engine import Case, Generated, Tokens, generate
 from ranks import rank_processes
 from running import random_prompt, request, tiny_config, tiny_engine
 from safetensors.torch import load_file, save_file
-from tiny_glm import VARIANTS, make_checkpoint
+from tiny_glm import VARIANTS, make_checkpoint, make_predictable
 
-from nybble.engine.engine_config import ParallelConfig
+from nybble.engine.engine_config import ParallelConfig, SpeculationConfig
 from nybble.engine.messages import Request
 from nybble.engine.placement import Split
 from nybble.engine.quantize_checkpoint import quantize_checkpoint
@@ -44,6 +44,7 @@ RUNS = [
     *((name, TP2_PP2) for name in ("glm-4.7-like", "tied")),
     ("all-sparse", EP2_PP2),
     *(("nvfp4", split) for split in (TP2, EP4, EP2_PP2)),
+    *(("draft", split) for split in (TP2, EP2, TP4)),
     *(("demo", split) for split in (PP2, TP3, EP3)),  # 9 heads, 3 KV heads, 16 experts
 ]
 
@@ -53,6 +54,8 @@ def checkpoints(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("checkpoints")
     for seed, (name, overrides) in enumerate((VARIANTS | OTHER_TINY).items()):
         make_checkpoint(root / name, seed, **overrides)
+    make_checkpoint(root / "draft", num_mtp_layers=1)
+    make_predictable(root / "draft")
     quantize_checkpoint(_rounded(root / "wide"), root / "nvfp4", QuantizeRecipe("nvfp4", "nvfp4"))
     return {name: demo_checkpoint if name == "demo" else root / name for name, _ in RUNS}
 
@@ -71,7 +74,7 @@ def alone(checkpoints: dict[str, Path]) -> Callable[[str], Tokens]:
     @cache
     def tokens(name: str) -> Tokens:
         case = _case(checkpoints[name], Split())
-        return generate(tiny_engine(case.config), case)
+        return generate(tiny_engine(case.config), case).tokens
 
     return tokens
 
@@ -79,20 +82,20 @@ def alone(checkpoints: dict[str, Path]) -> Callable[[str], Tokens]:
 @pytest.fixture(scope="module")
 def together(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], dict[tuple[str, Split], Tokens]]:
+) -> Callable[[int], dict[tuple[str, Split], Generated]]:
     """What the runs of so many ranks generate: the same processes make one group after the other."""
 
     @cache
-    def tokens(num_ranks: int) -> dict[tuple[str, Split], Tokens]:
+    def generated(num_ranks: int) -> dict[tuple[str, Split], Generated]:
         runs = [(name, split) for name, split in RUNS if split.num_ranks == num_ranks]
         directory = tmp_path_factory.mktemp("ranks")
         file = directory / "cases.json"
         file.write_bytes(msgspec.json.encode([_case(checkpoints[name], split) for name, split in runs]))
         with rank_processes("rank_engine.py", [[str(file)]] * num_ranks, directory, len(runs)) as ranks:
             output, *_ = [rank.finish() for rank in ranks]
-        return dict(zip(runs, msgspec.json.decode(output, type=list[Tokens]), strict=True))
+        return dict(zip(runs, msgspec.json.decode(output, type=list[Generated]), strict=True))
 
-    return tokens
+    return generated
 
 
 def _case(checkpoint: Path, split: Split) -> Case:
@@ -102,7 +105,9 @@ def _case(checkpoint: Path, split: Split) -> Case:
         enable_expert_parallel=split.expert_parallel > 1,
     )
     config = tiny_config(checkpoint, 0.05, max_num_seqs=8, max_num_batched_tokens=16)
-    config = replace(config, parallel=parallel, max_model_len=256)
+    is_drafted = checkpoint.name == "draft" and split.num_ranks > 1
+    speculation = SpeculationConfig(num_speculative_tokens=3 if is_drafted else 0)
+    config = replace(config, parallel=parallel, max_model_len=256, speculation=speculation)
     return Case(config, _chats(checkpoint) if (checkpoint / "chat_template.jinja").exists() else _random())
 
 
@@ -130,7 +135,10 @@ def test_tokens_of_one_rank(
     name: str,
     split: Split,
     alone: Callable[[str], Tokens],
-    together: Callable[[int], dict[tuple[str, Split], Tokens]],
+    together: Callable[[int], dict[tuple[str, Split], Generated]],
 ) -> None:
-    assert together(split.num_ranks)[name, split] == alone(name)
+    """Those of "draft" are drafted on several ranks, and not on one."""
+    generated = together(split.num_ranks)[name, split]
+    assert generated.tokens == alone(name)
+    assert (generated.num_accepted > 0) == (name == "draft")
     assert sum(map(len, alone(name).values())) > 40  # not all ended at once

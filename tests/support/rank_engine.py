@@ -1,7 +1,7 @@
 """Run an engine over one set of requests after the other, alone or as one of its ranks.
 
-As a script, `rank_engine.py CASES`: a rank that runs the JSON file's cases in turn; rank 0 prints each
-one's tokens.
+As a script, `rank_engine.py CASES`: a rank that runs the JSON file's cases in turn; rank 0 prints what each
+one generated.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ class Case(msgspec.Struct, frozen=True):
     batches: tuple[tuple[Request, ...], ...]
 
 
-def generate(engine: Engine, case: Case) -> Tokens:
+class Generated(msgspec.Struct, frozen=True):
+    """num_accepted: drafts that were right."""
+
+    tokens: Tokens
+    num_accepted: int
+
+
+def generate(engine: Engine, case: Case) -> Generated:
     generated: Tokens = {}
     for batch in case.batches:
         generated |= {name: tokens(events) for name, events in run(engine, *batch).items()}
-    return generated
+    speculation = engine.stats().speculation
+    return Generated(generated, sum(speculation.num_accepted) if speculation else 0)
 
 
-def _run_rank(case: Case) -> Tokens | None:
+def _run_rank(case: Case) -> Generated | None:
     rank = start_rank(case.config)
     if rank.group.placement.rank:
         rank.worker.follow()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.placement import Placement, Split
-from nybble.engine.rank_group import RankGroup
+from nybble.engine.rank_group import Announced, RankGroup
 
 ANNOUNCEMENTS = [[5], [1 << 40, -1, 7], list(range(3000))]
 
@@ -31,12 +31,14 @@ def logits_of(rank: int) -> Tensor:
 def _announcements(group: RankGroup) -> list[list[int]]:
     if group.placement.rank == 0:
         for numbers in ANNOUNCEMENTS:
-            group.announce(torch.tensor(numbers))
+            group.announce(Announced.STEP, torch.tensor(numbers))
         group.announce_end()
         return ANNOUNCEMENTS
     received = []
     while (announced := group.next_announcement()) is not None:
-        received.append(announced.tolist())
+        work, numbers = announced
+        assert work is Announced.STEP
+        received.append(numbers.tolist())
     return received
 
 

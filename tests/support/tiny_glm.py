@@ -102,6 +102,28 @@ def greedy_tokens(model: Glm4MoeForCausalLM, prompt: Sequence[int], count: int) 
     return tokens
 
 
+def make_predictable(directory: Path, seed: int = 0) -> None:
+    """Change a checkpoint with a draft layer so that it guesses most of the main model's tokens.
+
+    What follows a token depends mostly on that token alone; the draft layer passes it on, as does the main
+    model, to the same norm and head.
+    """
+    tensors = load_file(directory / "model.safetensors")
+    draft = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
+    prefix = f"model.layers.{draft}"
+    for name in tensors:
+        if name.endswith("embed_tokens.weight"):
+            tensors[name] *= 8
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.1
+    projection = tensors[f"{prefix}.eh_proj.weight"]
+    width = len(projection)
+    torch.manual_seed(seed)
+    projection.normal_(0, 0.02)[:, :width] += torch.eye(width)
+    tensors[f"{prefix}.shared_head.norm.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 def _add_draft_layer(directory: Path, main: Glm4MoeForCausalLM) -> None:
     """Add one random draft layer to the file of a checkpoint, with copies of embedding and head."""
     model = MtpModel(main, 1).float()

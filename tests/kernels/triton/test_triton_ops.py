@@ -13,10 +13,11 @@ import pytest
 import torch
 from closeness import assert_close
 from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
-from tiny_glm import make_checkpoint
+from tiny_glm import make_checkpoint, make_predictable
 from torch import Tensor
 from triton_device import ARCHES, DEVICE
 
+from nybble.engine.engine_config import SpeculationConfig
 from nybble.engine.quantize_checkpoint import quantize_checkpoint
 from nybble.engine.quantize_recipe import QuantizeRecipe
 from nybble.kernels import nvfp4
@@ -223,3 +224,21 @@ def test_the_engine_serves_the_references_tokens_from_an_fp8_cache(checkpoints: 
         for backend in ("reference", "triton")
     )
     assert reference == triton
+
+
+def test_drafts_on_triton_change_no_token(tmp_path: Path) -> None:
+    """Several query tokens a sequence, and the draft layer with experts that have no kernel."""
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 4}
+    make_checkpoint(tmp_path / "floats", num_mtp_layers=1, **sizes, max_position_embeddings=64)
+    make_predictable(tmp_path / "floats")
+    quantize_checkpoint(tmp_path / "floats", tmp_path / "nvfp4", QuantizeRecipe("nvfp4"))
+    config = tiny_config(tmp_path / "nvfp4", max_num_batched_tokens=12, max_num_seqs=4)
+    config = replace(config, device=DEVICE.type, dtype="float32")
+    requests = [request(f"r{n}", random_prompt(n, n), max_tokens=5) for n in (1, 14)]
+    plain = run(tiny_engine(replace(config, backend="reference")), *requests)
+    speculation = SpeculationConfig(num_speculative_tokens=2)
+    engine = tiny_engine(replace(config, backend="triton", speculation=speculation))
+    drafted = run(engine, *requests)
+    assert {n: tokens(listed) for n, listed in drafted.items()} == {n: tokens(e) for n, e in plain.items()}
+    stats = engine.stats().speculation
+    assert stats is not None and sum(stats.num_accepted) > 0
