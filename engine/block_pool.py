@@ -19,12 +19,12 @@ class OutOfBlocksError(Exception):
     """More blocks were asked for than are free; nothing was taken."""
 
 
-def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """Content hash of a full block: of its tokens and, through `previous`, of all before it.
+def hash_block(previous: bytes, token_ids: array[int]) -> bytes:
+    """Content hash of a full block: of its tokens (int32) and, through `previous`, of all before it.
 
     128 bits of BLAKE2b: a collision would serve one user another's context, so it must not happen.
     """
-    return hashlib.blake2b(previous + array("q", token_ids).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(previous + token_ids.tobytes(), digest_size=16).digest()
 
 
 def hash_salt(salt: str) -> bytes:

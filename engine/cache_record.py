@@ -20,8 +20,8 @@ class CacheRecord:
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()  # hashes
         self._max_forgotten = max_forgotten
 
-    def registered(self, block: int, hash_before: bytes, token_ids: Sequence[int]) -> None:
-        self._contents[block] = hash_before, array("i", token_ids)
+    def registered(self, block: int, hash_before: bytes, token_ids: array[int]) -> None:
+        self._contents[block] = hash_before, token_ids
 
     def forgotten(self, block: int, block_hash: bytes) -> None:
         self._contents.pop(block, None)

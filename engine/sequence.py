@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 from nybble.engine.block_pool import hash_block, hash_salt
@@ -46,6 +47,7 @@ class Sequence:
         self._block_size = block_size
         self._salt_hash = hash_salt(request.cache_salt)
         self._block_lookahead = block_lookahead
+        self._block_tokens: list[array[int]] = []  # int32, of the blocks that are hashed
         self._block_hashes: list[bytes] = []
 
     @property
@@ -87,18 +89,21 @@ class Sequence:
     def block_hash(self, index: int) -> bytes:
         """Hash of a full block, and of what it depends on, chained to those before it. Computed once."""
         while len(self._block_hashes) <= index:
-            number = len(self._block_hashes)
-            self._block_hashes.append(hash_block(self.hash_before(number), self.tokens_of_block(number)))
+            start = len(self._block_hashes) * self._block_size
+            end = start + self._block_size + self._block_lookahead
+            token_ids = array("i", self.token_ids[start:end])
+            previous = self._block_hashes[-1] if self._block_hashes else self._salt_hash
+            self._block_tokens.append(token_ids)
+            self._block_hashes.append(hash_block(previous, token_ids))
         return self._block_hashes[index]
 
     def hash_before(self, index: int) -> bytes:
         """Hash of the block before one; of the first, that of the cache salt."""
         return self.block_hash(index - 1) if index else self._salt_hash
 
-    def tokens_of_block(self, index: int) -> list[int]:
-        """Those that its keys and values depend on, of the block and after it."""
-        start = index * self._block_size
-        return self.token_ids[start : start + self._block_size + self._block_lookahead]
+    def tokens_of_block(self, index: int) -> array[int]:
+        """Those that its keys and values depend on, of the block and after it, which must be hashed."""
+        return self._block_tokens[index]
 
     def block_hashes(self, count: int) -> Iterator[bytes]:
         """Those of the first `count` blocks, computed as far as they are asked for."""

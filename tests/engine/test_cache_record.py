@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 from nybble.engine.cache_record import CacheRecord
 from nybble.engine.messages import CacheExplanation
 
@@ -10,9 +12,9 @@ def _explain(record: CacheRecord, block_hash: bytes, *tokens: int) -> CacheExpla
 
 def test_the_longest_beginning_among_the_blocks_that_follow() -> None:
     record = CacheRecord(max_forgotten=4)
-    record.registered(1, b"before", (1, 2, 9, 9))
-    record.registered(2, b"before", (1, 9, 3, 4))
-    record.registered(3, b"elsewhere", (1, 2, 3, 9))
+    record.registered(1, b"before", array("i", (1, 2, 9, 9)))
+    record.registered(2, b"before", array("i", (1, 9, 3, 4)))
+    record.registered(3, b"elsewhere", array("i", (1, 2, 3, 9)))
     found = _explain(record, b"h", 1, 2, 3, 4)
     assert found == CacheExplanation(reason="different_token", first_differing_token=102)
     record.forgotten(1, b"first")
@@ -24,7 +26,7 @@ def test_the_longest_beginning_among_the_blocks_that_follow() -> None:
 def test_as_many_hashes_are_remembered_as_allowed_the_oldest_go_first() -> None:
     record = CacheRecord(max_forgotten=2)
     for block, block_hash in enumerate((b"a", b"b", b"a", b"c")):
-        record.registered(block, b"before", (1,))
+        record.registered(block, b"before", array("i", (1,)))
         record.forgotten(block, block_hash)
     reasons = [_explain(record, block_hash, 2).reason for block_hash in (b"a", b"b", b"c")]
     assert reasons == ["evicted", "never_seen", "evicted"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 from nybble.engine.block_pool import hash_block
 from nybble.engine.messages import Request, SamplingParams
 from nybble.engine.sequence import Sequence
@@ -64,9 +66,9 @@ def test_the_request_is_not_changed() -> None:
 
 
 def test_block_hashes_are_the_chain_whenever_they_are_asked_for() -> None:
-    first = hash_block(b"", [1, 2])
-    second = hash_block(first, [3, 4])
-    third = hash_block(second, [5, 9])
+    first = hash_block(b"", array("i", [1, 2]))
+    second = hash_block(first, array("i", [3, 4]))
+    third = hash_block(second, array("i", [5, 9]))
     sequence = _sequence()
     assert list(sequence.block_hashes(0)) == []
     assert list(sequence.block_hashes(2)) == [first, second]
