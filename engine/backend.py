@@ -41,8 +41,6 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["refere
         raise OptionError(
             f"backend is 'triton', which needs a GPU of compute capability 8.0 or more: {found}"
         )
-    if backend == "triton" and config.deterministic:
-        raise OptionError("deterministic is for the reference backend: set backend to 'reference'")
     if backend == "triton" and hardware.capability:
         _check_triton()
     return backend
@@ -67,9 +65,11 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     if config.backend != "triton":
         return ReferenceOps(dtype, InvariantArithmetic() if config.deterministic else PLAIN)
     # Here, since Triton is not for every platform, and takes a second to import.
+    from nybble.kernels.triton.launch_policy import ADAPTIVE, invariant_policy
     from nybble.kernels.triton.triton_ops import TritonOps
 
-    return TritonOps(dtype, arch=_kernel_arch(hardware))
+    policy = invariant_policy() if config.deterministic else ADAPTIVE
+    return TritonOps(dtype, _kernel_arch(hardware), policy)
 
 
 def resolve_kv_cache_dtype(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.kernels.arithmetic import Arithmetic
 from nybble.kernels.ops import MlpWeights, MoeWeights, Routing
 from nybble.kernels.quantized_tensor import Format, QuantizedTensor
 from nybble.kernels.triton import activation_order
@@ -35,6 +36,7 @@ from nybble.kernels.triton.expert_schedule import (
 )
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.fp8_matrix import Fp8Matrix
+from nybble.kernels.triton.launch_policy import ADAPTIVE, LaunchPolicy
 from nybble.kernels.triton.matmul import NATIVE_TOKENS, Matrix, PlainMatrix, linear, operand_dtype
 from nybble.kernels.triton.native_fp4 import (
     activation_format,
@@ -44,36 +46,45 @@ from nybble.kernels.triton.native_fp4 import (
 )
 
 
-def mlp(x: Tensor, weights: MlpWeights[Matrix], dtype: torch.dtype, arch: int) -> Tensor:
+def mlp(
+    x: Tensor, weights: MlpWeights[Matrix], dtype: torch.dtype, arch: int, policy: LaunchPolicy = ADAPTIVE
+) -> Tensor:
     """`dtype` [T, H]: down(silu(gate(x)) * up(x)) of x [T, H'], in fragment order."""
     between = operand_dtype(weights.down, dtype)
-    gate_up = linear(x, weights.gate_up, dtype, arch)
-    launch = silu_mul_launch(len(x), weights.down.width, arch)
+    gate_up = linear(x, weights.gate_up, dtype, arch, policy)
+    launch = silu_mul_launch(policy.tokens(len(x)), weights.down.width, arch)
     activated = silu_mul(
         gate_up, fragment_order=True, padded_width=weights.down.width, dtype=between, launch=launch
     )
-    return linear(activated, weights.down, dtype, arch)
+    return linear(activated, weights.down, dtype, arch, policy)
 
 
 def moe_experts(
-    x: Tensor, routing: Routing, weights: MoeWeights[Matrix], dtype: torch.dtype, arch: int
+    x: Tensor,
+    routing: Routing,
+    weights: MoeWeights[Matrix],
+    dtype: torch.dtype,
+    arch: int,
+    policy: LaunchPolicy = ADAPTIVE,
 ) -> Tensor:
     """`dtype` [T, H]: routed and shared experts of x [T, H'], the norm of the hidden states in fragment
     order."""
     gate_up, down, shared = weights.experts.gate_up, weights.experts.down, weights.shared_expert
     if not isinstance(gate_up, Fp4Matrix) or not isinstance(down, Fp4Matrix):
-        routed = _plain_experts(x, routing, weights)
-        return (routed + mlp(x, shared, torch.float32, arch)).to(dtype)
+        routed = _plain_experts(x, routing, weights, policy.arithmetic)
+        return (routed + mlp(x, shared, torch.float32, arch, policy)).to(dtype)
     num_experts = len(weights.router.bias)
-    batch = _Batch(x, routing, gate_up, down, weights.first_expert, num_experts, dtype, arch)
-    if len(x) > MAX_TOKENS:
+    num_tokens = policy.tokens(len(x))
+    held = gate_up, down, weights.first_expert
+    batch = _Batch(x, routing, *held, num_experts, num_tokens, dtype, arch)
+    if num_tokens > MAX_TOKENS:
         partials = batch.native() if batch.can_be_native else batch.grouped()
-        launch = combine_launch(len(x), down.num_rows, arch)
-        extra = mlp(x, shared, dtype, arch)
+        launch = combine_launch(num_tokens, down.num_rows, arch)
+        extra = mlp(x, shared, dtype, arch, policy)
         return combine_experts(partials, None, extra, dtype=dtype, launch=launch)
     if _is_alike(shared.gate_up, gate_up) and _is_alike(shared.down, down):
         return batch.decode(shared)
-    return batch.decode(None) + mlp(x, shared, dtype, arch)
+    return batch.decode(None) + mlp(x, shared, dtype, arch, policy)
 
 
 def _is_alike(matrix: Matrix, stack: Fp4Matrix) -> bool:
@@ -82,7 +93,9 @@ def _is_alike(matrix: Matrix, stack: Fp4Matrix) -> bool:
     return isinstance(matrix, Fp4Matrix) and (matrix.block_size, matrix.is_float16, matrix.shape) == form
 
 
-def _plain_experts(x: Tensor, routing: Routing, weights: MoeWeights[Matrix]) -> Tensor:
+def _plain_experts(
+    x: Tensor, routing: Routing, weights: MoeWeights[Matrix], arithmetic: Arithmetic
+) -> Tensor:
     """float32 [T, H]: experts one by one, as the reference computes them; the host waits for the routing.
 
     x and the columns of the weights are in the same order, and so must be what is between the two products.
@@ -94,16 +107,20 @@ def _plain_experts(x: Tensor, routing: Routing, weights: MoeWeights[Matrix]) -> 
     for row in range(len(gate_up.weight)):
         tokens, ranks = (routing.ids == row + weights.first_expert).nonzero(as_tuple=True)
         if len(tokens):
-            gate, up = F.linear(x[tokens], gate_up.weight[row]).chunk(2, dim=-1)
-            activated = F.pad(F.silu(gate) * up, (0, down.width - gate.shape[-1]))
-            output = F.linear(activation_order.to_fragment_order(activated), down.weight[row])
+            gate, up = arithmetic.linear(x[tokens], gate_up.weight[row]).chunk(2, dim=-1)
+            product = arithmetic.elementwise(F.silu, gate) * up
+            activated = F.pad(product, (0, down.width - gate.shape[-1]))
+            output = arithmetic.linear(activation_order.to_fragment_order(activated), down.weight[row])
             total.index_add_(0, tokens, output.float() * routing.weights[tokens, ranks].unsqueeze(-1))
     return total
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tokens x [T, H'] with their routing, and the FP4 experts that are held of num_experts."""
+    """Tokens x [T, H'] with their routing, and the FP4 experts that are held of num_experts.
+
+    num_tokens: for which to launch
+    """
 
     x: Tensor
     routing: Routing
@@ -111,6 +128,7 @@ class _Batch:
     down: Fp4Matrix
     first_expert: int
     num_experts: int
+    num_tokens: int
     dtype: torch.dtype
     arch: int
 
@@ -124,7 +142,7 @@ class _Batch:
 
     @property
     def can_be_native(self) -> bool:
-        return len(self.x) >= NATIVE_TOKENS and self.activation_format is not None
+        return self.num_tokens >= NATIVE_TOKENS and self.activation_format is not None
 
     def decode(self, shared: MlpWeights[Matrix] | None) -> Tensor:
         """`dtype` [T, H]; `shared` are FP4 matrices like those of one expert."""
@@ -165,7 +183,7 @@ class _Batch:
         return quantize_activations(x, format, fragment_order=is_fragment_order, launch=launch)
 
     def _wanted_block_m(self) -> int:
-        return expert_block_m(len(self.x), self.routing.ids.shape[1], self.num_experts)
+        return expert_block_m(self.num_tokens, self.routing.ids.shape[1], self.num_experts)
 
     def _schedule(self, block_m: int) -> ExpertSchedule:
         ids, num_held = self.routing.ids, self.gate_up.shape[0]

@@ -98,9 +98,3 @@ def test_an_fp8_cache_that_the_gpu_cannot_read_is_refused() -> None:
     for hardware, found in ((A100, "A100 has 8.0"), (L40S, "L40S has 8.9")):
         with pytest.raises(OptionError, match=f"compute capability 9.0 or more: {found}"):
             resolve_kv_cache_dtype(config, hardware, is_fp8_declared=True)
-
-
-def test_triton_is_not_deterministic() -> None:
-    with pytest.raises(OptionError, match="set backend to 'reference'"):
-        resolve_backend(replace(CONFIG, deterministic=True), H100)
-    assert resolve_backend(replace(CONFIG, deterministic=True), CPU) == "reference"
