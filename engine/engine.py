@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from nybble.engine.admission import AdmissionControl
 from nybble.engine.engine_stats import StatsRecorder
-from nybble.engine.errors import ContextLengthError, InvalidRequestError
+from nybble.engine.errors import ContextLengthError, EngineBrokenError, InvalidRequestError
 from nybble.engine.logit_rules import logit_rules
-from nybble.engine.messages import EngineStats, Request, TokenEvent
+from nybble.engine.messages import EngineStats, Request, RequestFailed, StepEvent, TokenEvent
+from nybble.engine.removable_heap import RemovableHeap
 from nybble.engine.sampling_checks import check_sampling
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.speculator import Speculator
 from nybble.engine.step import SampledToken, StepPlan
 
+logger = logging.getLogger("nybble.engine")
+
+_MAX_FAILED_STEPS = 5  # one after the other; then it is not the requests' fault
+
 
 @dataclass(frozen=True)
 class EngineLimits:
     """max_model_len: prompt and answer together; num_token_ids: prompt ids lie below it;
-    block_lookahead: how many tokens after a block its keys and values depend on, 1 with a draft layer."""
+    block_lookahead: how many tokens after a block its keys and values depend on, 1 with a draft layer;
+    max_waiting: how many requests may wait, None for any number."""
 
     max_model_len: int
     num_token_ids: int
     block_size: int
     block_lookahead: int = 0
+    max_waiting: int | None = None
+
+
+Sampled = AbstractSequence[tuple[SampledToken, ...]]  # the tokens of each sampling chunk
+Wait = Callable[[], Sampled]
 
 
 class Runner(Protocol):
     def prepare(self, plan: StepPlan) -> None:
         """Do what can be done now for a plan that may be launched next, whose token ids will have changed."""
 
-    def launch(self, plan: StepPlan) -> Callable[[], AbstractSequence[tuple[SampledToken, ...]]]:
+    def launch(self, plan: StepPlan) -> Wait:
         """Start computing a plan's tokens; the returned function waits for them.
 
         It gives those of each sampling chunk, in order: the drafts that are accepted, up to the first that is
         not, and then the next token, so 1 to num_drafts + 1.
         """
+
+    def is_sound(self) -> bool:
+        """Whether plans can still be run, after one has failed."""
 
 
 def _nothing() -> None:
@@ -60,8 +76,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
     ) -> None:
-        """`clock` gives seconds, for statistics."""
+        """`clock` gives seconds, for deadlines and statistics."""
         self._runner = runner
+        self._admission = AdmissionControl(limits.max_waiting)
+        self._deadlines: RemovableHeap[str] = RemovableHeap()
+        self._num_failed_steps = 0  # since one succeeded
+        self.failure: str | None = None  # why no more steps can be run
         self._clock = clock
         self._recorder = StatsRecorder(clock)
         self._scheduler = scheduler
@@ -77,46 +97,51 @@ class Engine:
 
         Raises:
             InvalidRequestError: it cannot be run; nothing has changed.
+            QueueFullError: too many wait already; nothing has changed.
         """
+        now = self._clock()
+        self._admission.check(self._scheduler.num_waiting, now)
         self._check(request)
         sampling = request.sampling
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-        self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
         rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids)
         block_size, lookahead = self._limits.block_size, self._limits.block_lookahead
         self._scheduler.add(Sequence(request, sampling, block_size, rules, lookahead))
+        self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
+        if request.deadline is not None:
+            self._deadlines.put(request.request_id, now + request.deadline)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
-        self._recorder.request_ended(request_id, "abort")
-        self._scheduler.abort(request_id)
+        self._end(request_id, "abort")
 
-    def step(self, meanwhile: Callable[[], None] = _nothing) -> list[TokenEvent]:
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> list[StepEvent]:
         """Run one step; returns one event for each token, those of a sequence in order.
 
+        Before, requests whose deadline has passed end. If the step fails, its requests end with an error; if
+        that leaves the engine unable to go on, `failure` says why.
+
         meanwhile: work of the caller's, done once, while the step is computed. It must not change the engine.
+
+        Raises:
+            EngineBrokenError: there is such a `failure` already.
         """
+        if self.failure is not None:
+            raise EngineBrokenError(self.failure)
+        expired = self._expire()
         plan = self._scheduler.schedule()
+        self._recorder.requests_admitted(self._scheduler.take_admitted())
         if not plan.chunks:
             meanwhile()
-            return []
-        self._recorder.requests_admitted(self._scheduler.take_admitted())
+            return [*expired]
         start = self._clock()
-        wait = self._runner.launch(plan)
+        wait = self._launch(plan)
         try:
             meanwhile()
-            predicted = self._scheduler.predict(plan)
-            if predicted is not None:
-                self._runner.prepare(predicted)
         finally:
-            sampled = wait()
-            drafts = self._speculator.draft(plan, sampled) if self._speculator else {}
-            seconds = self._clock() - start
-            events = self._scheduler.update(plan, sampled)
-            self._scheduler.take_drafts(drafts)
-            self._recorder.step_done(plan, seconds, events)
-        return events
+            events = self._finish(plan, wait, start)
+        return [*expired, *events]
 
     def stats(self) -> EngineStats:
         stats = self._recorder.snapshot(self._scheduler.gauges())
@@ -127,6 +152,83 @@ class Engine:
     def check(self) -> None:
         """Assert that no block is lost. For tests, and when idle."""
         self._scheduler.check()
+
+    def _launch(self, plan: StepPlan) -> Wait:
+        """Start computing a plan. What goes wrong there goes wrong when it is waited for."""
+        try:
+            return self._runner.launch(plan)
+        except Exception as error:
+            failure = error
+
+        def wait() -> Sampled:
+            raise failure
+
+        return wait
+
+    def _finish(self, plan: StepPlan, wait: Wait, start: float) -> Iterable[StepEvent]:
+        try:
+            predicted = self._scheduler.predict(plan)
+            if predicted is not None:
+                self._runner.prepare(predicted)
+            return self._take(plan, wait(), start)
+        except Exception as error:
+            logger.exception("a step failed that ran %d requests", len(plan.chunks))
+            return self._fail(plan, error)
+
+    def _take(self, plan: StepPlan, sampled: Sampled, start: float) -> list[TokenEvent]:
+        """Note what a plan sampled that was launched at `start`."""
+        drafts = self._speculator.draft(plan, sampled) if self._speculator else {}
+        now = self._clock()
+        events = self._scheduler.update(plan, sampled)
+        self._scheduler.take_drafts(drafts)
+        self._recorder.step_done(plan, now - start, events)
+        self._num_failed_steps = 0
+        for event in events:
+            if event.finish_reason is not None:
+                self._deadlines.remove(event.request_id)
+                self._admission.note_completed(now)
+        return events
+
+    def _expire(self) -> list[RequestFailed]:
+        """End the requests whose time is over, waiting or running."""
+        now = self._clock()
+        failed = []
+        while self._deadlines and self._deadlines.first_key() <= now:
+            request_id = self._deadlines.first()
+            self._end(request_id, "timeout")
+            self._admission.note_completed(now)
+            message = "the request's time was over before its answer was complete"
+            failed.append(RequestFailed(request_id=request_id, message=message, kind="timeout"))
+        return failed
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[RequestFailed]:
+        """End the requests of a step that failed. What others have computed lies in blocks of their own."""
+        message = f"the engine failed in a step of this request: {type(error).__name__}"
+        failed = []
+        for chunk in plan.chunks:
+            self._end(chunk.request_id, "error")
+            failed.append(RequestFailed(request_id=chunk.request_id, message=message, kind="internal"))
+        self._num_failed_steps += 1
+        self.failure = self._find_failure()
+        return failed
+
+    def _find_failure(self) -> str | None:
+        """Why no more steps can be run after one that failed, if so."""
+        try:
+            self.check()
+        except AssertionError as error:
+            return f"a step failed and left the state unsound: {error}"
+        if not self._runner.is_sound():
+            return "a step failed and the model cannot be run again"
+        if self._num_failed_steps >= _MAX_FAILED_STEPS:
+            return f"{self._num_failed_steps} steps failed one after the other"
+        return None
+
+    def _end(self, request_id: str, reason: str) -> None:
+        """End a request other than by its last token; an unknown one is ignored."""
+        self._deadlines.remove(request_id)
+        self._recorder.request_ended(request_id, reason)
+        self._scheduler.abort(request_id)
 
     def _check(self, request: Request) -> None:
         prompt = request.prompt_token_ids

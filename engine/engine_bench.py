@@ -16,7 +16,7 @@ import numpy as np
 from nybble.engine.channel import encode_frame
 from nybble.engine.engine import Engine
 from nybble.engine.errors import NybbleError
-from nybble.engine.messages import EngineStats, Request, SamplingParams, TokenEvent
+from nybble.engine.messages import EngineStats, Request, RequestFailed, SamplingParams, TokenEvent
 
 
 class BenchError(NybbleError):
@@ -168,9 +168,13 @@ def _run(
 def _steps(
     engine: Engine, open_ids: set[str], clock: Callable[[], float]
 ) -> Iterator[tuple[float, list[TokenEvent]]]:
-    """When each step ended, and its events, until the open requests have ended."""
+    """When each step ended, and its events, until the open requests have ended. Raises BenchError."""
     while open_ids and engine.has_work:
-        events = engine.step()
+        events: list[TokenEvent] = []
+        for event in engine.step():
+            if isinstance(event, RequestFailed):
+                raise BenchError(event.message)
+            events.append(event)
         encode_frame(events)
         yield clock(), events
         open_ids -= {event.request_id for event in events if event.finish_reason is not None}

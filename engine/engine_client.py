@@ -12,7 +12,14 @@ from typing import Protocol
 
 from nybble.engine.channel import FrameDecoder, encode_frame
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.errors import EngineDeadError, InvalidRequestError, NybbleError
+from nybble.engine.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    NybbleError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 from nybble.engine.launch import engine_command, engine_environment
 from nybble.engine.launched_rank import is_launched
 from nybble.engine.messages import (
@@ -23,6 +30,7 @@ from nybble.engine.messages import (
     EngineStats,
     FromEngine,
     Request,
+    RequestFailed,
     RequestRefused,
     ToEngine,
     TokenEvent,
@@ -52,6 +60,9 @@ class EngineClient(Protocol):
 
         Raises:
             InvalidRequestError: the engine refuses it.
+            QueueFullError: too many requests wait.
+            RequestTimeoutError: its deadline passed.
+            RequestFailedError: the engine failed at it, and goes on.
             EngineDeadError: the engine is or goes down.
         """
 
@@ -201,7 +212,9 @@ class SubprocessEngine:
     def _deliver(self, message: FromEngine) -> None:
         if isinstance(message, EngineStats):
             self.stats = message
-        elif isinstance(message, TokenEvent | RequestRefused):
+        elif isinstance(message, EngineFailed):
+            logger.error("the engine cannot go on: %s", message.message)
+        elif isinstance(message, TokenEvent | RequestFailed | RequestRefused):
             queue = self._streams.get(message.request_id)  # None: aborted meanwhile
             if queue is not None:
                 queue.put_nowait(message)
@@ -270,5 +283,9 @@ def _token_event(event: EngineEvent | None) -> TokenEvent:
     if event is None:
         raise EngineDeadError("the engine stopped before the request was finished; send it again")
     if isinstance(event, RequestRefused):
-        raise InvalidRequestError(event.message, event.parameter)
+        if event.retry_after is not None:
+            raise QueueFullError(event.message, event.retry_after)
+        raise InvalidRequestError(event.message, event.parameter or "")
+    if isinstance(event, RequestFailed):
+        raise (RequestTimeoutError if event.kind == "timeout" else RequestFailedError)(event.message)
     return event

@@ -39,6 +39,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int = field(
         default=1024, metadata={"help": "tokens in one step; a longer prompt is prefilled in chunks"}
     )
+    max_waiting: int | None = field(
+        default=1024, metadata={"help": "requests that may wait to be run; more are refused"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.errors import InvalidRequestError, NybbleError
+from nybble.engine.errors import EngineBrokenError, InvalidRequestError, NybbleError, QueueFullError
 from nybble.engine.launch import REFUSED, end_with_parent
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.lifeline import end_process
@@ -35,6 +35,7 @@ from nybble.engine.messages import (
     EngineFailed,
     EngineReady,
     Request,
+    RequestFailed,
     RequestRefused,
     ToEngine,
 )
@@ -153,7 +154,11 @@ def _start(config: EngineConfig, channel: Channel[ToEngine]) -> StartedRank:
 
 
 def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
-    """Run requests until the channel closes (ChannelClosedError)."""
+    """Run requests until the channel closes (ChannelClosedError).
+
+    Raises:
+        EngineBrokenError: a step failed and no other can be run; the server has been told.
+    """
     outbox = _Outbox(engine, channel)
     while True:
         for message in channel.poll() if engine.has_work else _wait(engine, channel):
@@ -162,6 +167,9 @@ def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
             # A step's events go out while the next one is computed.
             step_events = engine.step(meanwhile=outbox.send)
             outbox.events += step_events
+        if engine.failure is not None:
+            channel.send([*outbox.events, EngineFailed(message=engine.failure)])
+            raise EngineBrokenError(engine.failure)
         if not engine.has_work:
             outbox.send()
 
@@ -191,18 +199,28 @@ def _wait(engine: Engine, channel: Channel[ToEngine]) -> list[ToEngine]:
     return channel.receive()
 
 
-def _handle(message: ToEngine, engine: Engine) -> list[RequestRefused]:
+def _handle(message: ToEngine, engine: Engine) -> list[EngineEvent]:
     match message:
         case Request():
-            try:
-                engine.add(message)
-            except InvalidRequestError as error:
-                refusal = RequestRefused(
-                    request_id=message.request_id, message=str(error), parameter=error.parameter
-                )
-                return [refusal]
+            return _add(message, engine)
         case Abort():
             engine.abort(message.request_id)
+    return []
+
+
+def _add(request: Request, engine: Engine) -> list[EngineEvent]:
+    """Whatever is wrong with a request is answered to it alone."""
+    name = request.request_id
+    try:
+        engine.add(request)
+    except InvalidRequestError as error:
+        return [RequestRefused(request_id=name, message=str(error), parameter=error.parameter)]
+    except QueueFullError as error:
+        return [RequestRefused(request_id=name, message=str(error), retry_after=error.retry_after)]
+    except Exception as error:
+        logger.exception("a request could not be added")
+        message = f"the engine failed at this request: {type(error).__name__}"
+        return [RequestFailed(request_id=name, message=message, kind="internal")]
     return []
 
 

@@ -7,6 +7,9 @@ NybbleError
 ├── InvalidRequestError  a request that the engine refuses, naming its parameter
 │   └── ContextLengthError   prompt and answer together are longer than the context
 ├── QueueFullError       too many requests wait already; says when to come again
+├── RequestTimeoutError  a request whose deadline passed before its answer was complete
+├── RequestFailedError   a request at which the engine failed, and went on without it
+├── EngineBrokenError    the engine failed and cannot go on
 └── EngineDeadError      the engine process ended; the request was lost with it
 """
 
@@ -63,6 +66,18 @@ class QueueFullError(NybbleError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RequestTimeoutError(NybbleError):
+    """A request whose deadline passed."""
+
+
+class RequestFailedError(NybbleError):
+    """A request that was part of a step which failed. The engine goes on."""
+
+
+class EngineBrokenError(NybbleError):
+    """A step failed and left the engine unable to run another."""
 
 
 class EngineDeadError(NybbleError):

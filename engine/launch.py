@@ -22,7 +22,7 @@ from nybble.engine.tuning import TUNING
 
 logger = logging.getLogger("nybble.launch")
 
-REFUSED = 3  # exit code of a rank that cannot start, of which the server knows the reason
+REFUSED = 3  # exit code of a rank that cannot start or go on, of which the server knows the reason
 
 _PROCESS = "nybble.engine.engine_process"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

@@ -101,6 +101,7 @@ def prepare(config: EngineConfig) -> Preparation:
         num_token_ids=count_token_ids(directory, model_config.vocab_size),
         block_size=resolved.cache.block_size,
         block_lookahead=1 if resolved.speculation.num_speculative_tokens else 0,
+        max_waiting=resolved.scheduler.max_waiting,
     )
     return Preparation(resolved, placement, hardware, model_config, checkpoint, memory, limits)
 

@@ -43,9 +43,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 class Request(Struct, frozen=True, kw_only=True, tag=True):
     """Generate after a prompt.
 
-    priority: lower is sooner; tenant: whose request it is, among whom turns are fair. Requests share the
-    prefix cache with those of the same cache_salt only; with explain_cache the first event says what was
-    not in it.
+    priority: lower is sooner; tenant: whose request it is, among whom turns are fair; deadline: seconds from
+    its arrival after which it ends with an error, None for never. Requests share the prefix cache with those
+    of the same cache_salt only; with explain_cache the first event says what was not in it.
     """
 
     request_id: str
@@ -53,6 +53,7 @@ class Request(Struct, frozen=True, kw_only=True, tag=True):
     sampling: SamplingParams
     priority: int = 0
     tenant: str = ""
+    deadline: float | None = None
     cache_salt: str = ""
     explain_cache: bool = False
 
@@ -98,11 +99,23 @@ class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False, omit_def
 
 
 class RequestRefused(Struct, frozen=True, kw_only=True, tag=True):
-    """A request that was not started. `parameter` is the field at fault."""
+    """A request that was not started.
+
+    `parameter` is the field at fault; or `retry_after` says in how many seconds there may be room for it.
+    """
 
     request_id: str
     message: str
-    parameter: str
+    parameter: str | None = None
+    retry_after: float | None = None
+
+
+class RequestFailed(Struct, frozen=True, kw_only=True, tag=True):
+    """A request that ended without its answer: its deadline has passed, or the engine failed at it."""
+
+    request_id: str
+    message: str
+    kind: Literal["timeout", "internal"]
 
 
 class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
@@ -115,7 +128,7 @@ class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class EngineFailed(Struct, frozen=True, kw_only=True, tag=True):
-    """The engine could not load; the process ends after this."""
+    """The engine could not load, or cannot go on; the process ends after this."""
 
     message: str
 
@@ -174,5 +187,6 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
 
 
 ToEngine = Request | Abort
-FromEngine = EngineReady | EngineFailed | TokenEvent | RequestRefused | EngineStats
-EngineEvent = TokenEvent | RequestRefused
+StepEvent = TokenEvent | RequestFailed
+EngineEvent = StepEvent | RequestRefused
+FromEngine = EngineReady | EngineFailed | EngineEvent | EngineStats

@@ -30,6 +30,9 @@ class StepWorker(Protocol):
     def execute(self, step: StepInput) -> Tensor | None:
         """Logits float32 [S', V] of the step's `logit_rows`, if any."""
 
+    def is_sound(self) -> bool:
+        """Whether steps can still be executed, after one has failed."""
+
 
 class ModelRunner(Generic[W]):
     """Rank 0's."""
@@ -77,3 +80,7 @@ class ModelRunner(Generic[W]):
         if logits is not None:
             draw = self._sampler.sample(logits, plan.sampling_chunks)
         return lambda: [] if draw is None else draw.tokens()
+
+    def is_sound(self) -> bool:
+        """Whether plans can still be run, after one has failed: other ranks may be left in its middle."""
+        return self._group.is_alone and self._worker.is_sound()

@@ -137,6 +137,7 @@ def _check_ranges(config: EngineConfig, model: ModelConfig) -> None:
         "block_size": config.cache.block_size,
         "max_num_seqs": config.scheduler.max_num_seqs,
         "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
+        "max_waiting": 1 if config.scheduler.max_waiting is None else config.scheduler.max_waiting,
         "max_model_len": 1 if config.max_model_len is None else config.max_model_len,
     }
     for name, value in positive.items():

@@ -83,9 +83,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.arrival = next(self._arrivals)
+        num_tokens = self._num_to_compute(sequence)
         self._sequences[sequence.request_id] = sequence
         self._shares.arrive(sequence.tenant)
-        self._enqueue(sequence)
+        self._prompts.add(sequence, num_tokens)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks. An unknown one is ignored."""
@@ -244,7 +245,7 @@ class Scheduler:
         self._take_out(sequence)
         sequence.num_computed = 0
         sequence.drafts = ()
-        self._enqueue(sequence)
+        self._prompts.add(sequence, self._num_to_compute(sequence))
         self.num_preemptions += 1
 
     # Prompts.
@@ -265,9 +266,9 @@ class Scheduler:
             self._shares.charge(sequence.tenant, count)
             self._prompts.end_turn(sequence, num_left - count, can_admit)
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        num_cached = len(self._cache.find(sequence)) * self._block_size
-        self._prompts.add(sequence, len(sequence.token_ids) - num_cached)
+    def _num_to_compute(self, sequence: Sequence) -> int:
+        """Of a waiting sequence, if it were admitted now."""
+        return len(sequence.token_ids) - len(self._cache.find(sequence)) * self._block_size
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix, and blocks for the rest; False if too few are free."""

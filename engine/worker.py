@@ -90,6 +90,18 @@ class Worker(Generic[W]):
             raise ValueError("this rank has no draft layer, or no step to draft after")
         return self._draft_worker.draft(inputs, *self._last_step)
 
+    def is_sound(self) -> bool:
+        """Whether steps can still be executed, after one has failed: running out of memory does no harm, an
+        illegal access ends every later call to the device."""
+        if self._device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+        return True
+
     def follow(self) -> None:
         """On the ranks other than 0: run what rank 0 announces, until it announces the end."""
         while (announcement := self._group.next_announcement()) is not None:

@@ -17,7 +17,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError
+from nybble.engine.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    NybbleError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.completion import Completion
 from nybble.server.errors import (
@@ -26,7 +34,9 @@ from nybble.server.errors import (
     InternalError,
     MethodError,
     NotFoundError,
+    TimedOutError,
     TooLargeError,
+    TooManyRequestsError,
     UnavailableError,
 )
 from nybble.server.replay_store import ReplayStore
@@ -43,7 +53,7 @@ _json = msgspec.json.Encoder()
 def create_app(engine: EngineClient, model: ServedModel, config: ServerConfig) -> Starlette:
     """The API over `engine`, which tests may script."""
     api = _API(engine, model, config)
-    handled = (APIError, HTTPException, InvalidRequestError, EngineDeadError, Exception)
+    handled = (APIError, HTTPException, NybbleError, Exception)
     return Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
@@ -193,6 +203,12 @@ def _api_error(error: Exception) -> APIError:
             return BadRequestError(str(error), error.parameter, "context_length_exceeded")
         case InvalidRequestError():
             return BadRequestError(str(error), error.parameter)
+        case QueueFullError():
+            return TooManyRequestsError(str(error), error.retry_after)
+        case RequestTimeoutError():
+            return TimedOutError(str(error), "timeout", "timeout")
+        case RequestFailedError():
+            return InternalError(str(error), code="engine_error")
         case EngineDeadError():
             return UnavailableError(str(error), code="engine_dead")
         case HTTPException(status_code=404):

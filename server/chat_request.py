@@ -53,6 +53,8 @@ class ChatRequest:
     explain_cache: bool
     is_stream: bool
     include_usage: bool
+    priority: int = 0
+    timeout: float | None = None  # seconds
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
@@ -105,6 +107,8 @@ def prepare_chat_request(
         explain_cache=bool(request.explain_cache),
         is_stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        priority=request.priority or 0,
+        timeout=request.timeout,
     )
 
 

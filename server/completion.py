@@ -52,6 +52,7 @@ class Completion:
         self._prices = prices
         self._replay = replay
         self._created = int(time.time())
+        self._start = time.monotonic()
         self._num_completion = 0
         self._num_cached = 0
         self._explanation: CacheExplanation | None = None
@@ -68,6 +69,8 @@ class Completion:
             request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
             prompt_token_ids=asked.prompt_token_ids,
             sampling=choice_sampling(asked.sampling, number),
+            priority=asked.priority,
+            deadline=self._time_left(),
             cache_salt=asked.cache_salt,
             explain_cache=asked.explain_cache and number == 0,
         )
@@ -87,6 +90,12 @@ class Completion:
                 yield delta
                 if delta.finish_reason is not None:
                     return
+
+    def _time_left(self) -> float | None:
+        """Seconds of the request's timeout, if it has one: of all choices together."""
+        if self._request.timeout is None:
+            return None
+        return self._request.timeout - (time.monotonic() - self._start)
 
     def usage(self) -> Usage:
         """Of all choices together; the prompt counts once."""

@@ -1,19 +1,22 @@
 """What a request can be answered with instead of a result, in OpenAI's shape.
 
     APIError
-    ├── BadRequestError     400  malformed, out of range, unsupported, too long for the context
-    ├── NotFoundError       404  no such model or route
-    ├── MethodError         405  a route that exists, another method
-    ├── TooLargeError       413  body over the limit
-    ├── UnprocessableError  422  well-formed, but the chat template refuses it
-    ├── InternalError       500  our fault
-    └── UnavailableError    503  the engine is down
+    ├── BadRequestError       400  malformed, out of range, unsupported, too long for the context
+    ├── NotFoundError         404  no such model or route
+    ├── MethodError           405  a route that exists, another method
+    ├── TooLargeError         413  body over the limit
+    ├── UnprocessableError    422  well-formed, but the chat template refuses it
+    ├── TooManyRequestsError  429  too many requests wait
+    ├── InternalError         500  our fault
+    ├── UnavailableError      503  the engine is down
+    └── TimedOutError         504  the request's time was over
 
 The body is {"error": {"message", "type", "param", "code"}}; `param` names the field at fault.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -60,6 +63,20 @@ class UnprocessableError(APIError):
     status = 422
 
 
+class TooManyRequestsError(APIError):
+    """`retry_after`: seconds."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message, code="queue_full")
+        self._retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(math.ceil(self._retry_after))}
+
+
 class InternalError(APIError):
     status = 500
     kind = "server_error"
@@ -71,3 +88,8 @@ class UnavailableError(APIError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "5"}
+
+
+class TimedOutError(APIError):
+    status = 504
+    kind = "timeout_error"

@@ -19,14 +19,14 @@ from nybble.engine.tuning import TUNING
 os.environ.update(TUNING | os.environ)  # before torch is imported
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.errors import InvalidRequestError
+from nybble.engine.errors import InvalidRequestError, RequestFailedError
 from nybble.engine.loading import load_engine, prepare
-from nybble.engine.messages import FinishReason, Request, TokenEvent
+from nybble.engine.messages import FinishReason, Request, RequestFailed, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.sampling_options import SamplingOptions, choice_sampling
 from nybble.server.schemas import MAX_CHOICES, LogprobEntry
@@ -50,8 +50,12 @@ class LLM:
     """A model in this process. Not thread-safe; prompts given together run together."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Load the checkpoint. Raises CheckpointError or OptionError."""
-        preparation = prepare(config)
+        """Load the checkpoint. Any number of prompts may wait: `max_waiting` is for servers.
+
+        Raises:
+            CheckpointError, OptionError: as for `prepare`.
+        """
+        preparation = prepare(replace(config, scheduler=replace(config.scheduler, max_waiting=None)))
         tokenizer = Tokenizer(Path(config.checkpoint))
         self._model: ServedModel = describe_model(None, tokenizer, preparation.ready_message())
         self._engine: Engine = load_engine(preparation)
@@ -66,6 +70,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt cannot be run; then none is.
+            RequestFailedError: the engine failed; all prompts are given up.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         encode = self._model.tokenizer.encode
@@ -104,6 +109,8 @@ class LLM:
                 self._engine.add(answer.request)
             while self._engine.has_work:
                 for event in self._engine.step():
+                    if isinstance(event, RequestFailed):
+                        raise RequestFailedError(event.message)
                     self._take(event, by_id[event.request_id])
         except BaseException:  # a bad prompt or Ctrl-C must not leave the others running
             for request_id in by_id:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from engine_harness import Harness, distinct_prompt
 from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
 from tiny_glm import make_checkpoint
 
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.errors import ContextLengthError, InvalidRequestError
-from nybble.engine.messages import Request
+from nybble.engine.errors import (
+    ContextLengthError,
+    EngineBrokenError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from nybble.engine.messages import Request, RequestFailed
+from nybble.engine.step import StepPlan
 
 LENGTHS = (1, 5, 15, 16, 17, 31, 40, 64)
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 40}
@@ -233,3 +242,185 @@ def test_a_failure_of_the_caller_s_work_loses_no_token(checkpoint: Path) -> None
     engine.check()
     assert engine.stats().num_generated_tokens == 1
     assert len(engine.step()) == 1
+
+
+# Over a runner without a model. Admission.
+
+
+def test_a_request_beyond_the_queue_is_refused_and_later_taken() -> None:
+    harness = Harness(max_waiting=2, max_num_seqs=1)
+    for name in "abc":
+        harness.add(name, distinct_prompt(5, ord(name)), max_tokens=3)
+        harness.step()
+    with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
+        harness.add("d", distinct_prompt(5, 4))
+    assert caught.value.retry_after > 0
+    assert "d" not in harness.scheduler
+    while "b" not in harness.running_ids():
+        harness.step()
+    harness.add("d", distinct_prompt(5, 4))
+    harness.drain()
+    assert harness.finished == ["a", "b", "c", "d"]
+
+
+def test_retry_after_comes_from_the_rate_of_completions() -> None:
+    harness = Harness(max_waiting=3, max_num_seqs=1)
+    for number in range(8):
+        harness.now += 10
+        harness.add(str(number), distinct_prompt(5, number), max_tokens=1)
+        harness.step()
+    for name in "abc":
+        harness.add(name, distinct_prompt(5, ord(name)))
+    with pytest.raises(QueueFullError) as caught:
+        harness.add("d", distinct_prompt(5, 4))
+    assert caught.value.retry_after == pytest.approx(1.5 / (8 / 70))
+
+
+# Deadlines.
+
+
+def test_a_running_request_ends_when_its_time_is_over() -> None:
+    harness = Harness()
+    harness.add("a", distinct_prompt(5, 1), max_tokens=50, deadline=2.0)
+    harness.add("b", distinct_prompt(5, 2), max_tokens=5)
+    harness.step()
+    harness.now = 1.9
+    assert list(harness.step()) == ["a", "b"]
+    harness.now = 2.0
+    assert list(harness.step()) == ["b"]
+    assert harness.failed == {"a": "timeout"}
+    harness.drain()
+    harness.assert_right_tokens("b", 5)
+    assert harness.engine.stats().num_finished == {"timeout": 1, "length": 1}
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2])
+def test_a_waiting_or_prefilling_request_ends_when_its_time_is_over(max_num_seqs: int) -> None:
+    harness = Harness(max_num_seqs=max_num_seqs, budget=8)
+    harness.add("a", distinct_prompt(5, 1), max_tokens=6)
+    harness.step()
+    harness.now = 5.0
+    harness.add("b", distinct_prompt(40, 2), deadline=0.5)
+    harness.step()
+    assert ("b" in harness.waiting_ids()) == (max_num_seqs == 1)
+    harness.now = 5.5
+    harness.step()
+    assert harness.failed == {"b": "timeout"}
+    harness.drain()
+
+
+def test_a_deadline_of_the_past_changes_nothing_for_others_of_that_name() -> None:
+    harness = Harness()
+    harness.add("a", distinct_prompt(5, 1), max_tokens=2, deadline=1.0)
+    harness.drain()
+    harness.add("b", distinct_prompt(5, 1), max_tokens=2, deadline=1.0)
+    harness.engine.abort("b")
+    harness.finished.clear()
+    for name in "ab":
+        harness.add(name, distinct_prompt(5, 2), max_tokens=3)
+    harness.now = 100.0
+    harness.drain()
+    assert (harness.finished, harness.failed) == (["a", "b"], {})
+
+
+# Faults.
+
+
+def _raise_for(name: str, error: Exception) -> Callable[[StepPlan], Exception | None]:
+    return lambda plan: error if any(chunk.request_id == name for chunk in plan.chunks) else None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(error: Exception) -> None:
+    harness = Harness(max_num_seqs=2)
+    harness.add("a", distinct_prompt(9, 1), max_tokens=9)
+    harness.step()
+    harness.add("bad", distinct_prompt(9, 2))
+    harness.add("waits", distinct_prompt(9, 1), max_tokens=4)
+    harness.runner.fault = _raise_for("bad", error)
+    harness.step()
+    assert harness.failed == {"a": "internal", "bad": "internal"}
+    harness.drain()
+    assert harness.engine.failure is None
+    assert harness.num_cached["waits"] == 8  # what a had computed before is still good
+    harness.assert_right_tokens("waits", 4)
+    assert harness.engine.stats().num_finished == {"error": 2, "length": 1}
+    harness.add("bad", distinct_prompt(9, 2))
+    harness.runner.fault = lambda plan: None
+    harness.failed.clear()
+    harness.drain()
+    harness.assert_right_tokens("bad", 4)
+    assert harness.num_cached["bad"] == 0  # nothing of the failed step was kept
+
+
+def test_a_runner_that_breaks_its_word_fails_the_step() -> None:
+    harness = Harness()
+    harness.add("a", distinct_prompt(9, 1))
+    harness.runner.launch = lambda plan: list  # type: ignore[method-assign]
+    (event,) = harness.engine.step()
+    assert isinstance(event, RequestFailed) and event.request_id == "a" and "ValueError" in event.message
+    assert not harness.engine.has_work
+
+
+def test_an_engine_whose_every_step_fails_stops_and_says_so() -> None:
+    harness = Harness(max_num_seqs=2)
+    harness.runner.fault = lambda plan: RuntimeError("boom")
+    for number in range(12):
+        harness.add(str(number), distinct_prompt(5, number))
+    while harness.engine.failure is None:
+        harness.step()
+    assert harness.engine.failure == "5 steps failed one after the other"
+    assert list(harness.failed) == [str(number) for number in range(10)]
+    with pytest.raises(EngineBrokenError, match="5 steps failed"):
+        harness.engine.step()
+
+
+def test_failures_with_successes_between_them_stop_nothing() -> None:
+    harness = Harness()
+    for number in range(20):
+        harness.runner.fault = _raise_for("bad", RuntimeError("boom"))
+        harness.add("bad", distinct_prompt(5, number))
+        harness.step()
+        harness.add(str(number), distinct_prompt(5, number), max_tokens=1)
+        harness.step()
+        assert harness.failed.pop("bad") == "internal"
+    assert harness.engine.failure is None
+    assert len(harness.finished) == 20
+
+
+def test_a_runner_that_cannot_go_on_stops_the_engine() -> None:
+    harness = Harness()
+    harness.add("a", distinct_prompt(5, 1))
+    harness.runner.fault = lambda plan: RuntimeError("an illegal memory access was encountered")
+    harness.runner.has_survived = False
+    harness.step()
+    assert harness.failed == {"a": "internal"}
+    assert harness.engine.failure == "a step failed and the model cannot be run again"
+
+
+def test_an_unsound_state_stops_the_engine() -> None:
+    harness = Harness(max_num_seqs=1)
+    harness.add("a", distinct_prompt(5, 1))
+
+    def fault(plan: StepPlan) -> Exception:
+        harness.scheduler._pool.allocate(1)  # a block that nobody owns
+        return RuntimeError("boom")
+
+    harness.runner.fault = fault
+    failed = harness.engine.step()
+    assert [event.request_id for event in failed] == ["a"]
+    assert harness.engine.failure is not None
+    assert harness.engine.failure.startswith("a step failed and left the state unsound: reference counts")
+
+
+def test_a_request_that_cannot_be_added_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    harness.add("a", distinct_prompt(5, 1), deadline=10.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("nybble.engine.block_pool.hashlib.blake2b", None)
+        with pytest.raises(TypeError):
+            harness.add("bad", distinct_prompt(9, 2), deadline=10.0)
+    harness.engine.check()
+    harness.drain()
+    assert harness.finished == ["a"]
+    assert harness.engine.stats().num_finished == {"length": 1}

@@ -23,7 +23,12 @@ from tiny_glm import make_checkpoint
 
 from nybble.engine.engine_client import EngineStartError, SubprocessEngine
 from nybble.engine.engine_config import EngineConfig, ParallelConfig
-from nybble.engine.errors import EngineDeadError, InvalidRequestError
+from nybble.engine.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 from nybble.engine.messages import EngineStats, Request
 
 ENGINE, LAUNCHER = "nybble.engine.engine_process", "nybble.engine.launch"
@@ -107,6 +112,27 @@ def test_refusal_names_the_parameter_and_disturbs_nobody(config: EngineConfig) -
                 await collect(engine, request("bad", (1,) * 512, 1))
             assert caught.value.parameter == "prompt"
             assert len(await good) == 30
+
+    drive(work())
+
+
+def test_timeouts_and_full_queues_are_told_apart(config: EngineConfig) -> None:
+    config = replace(config, scheduler=replace(config.scheduler, max_num_seqs=1, max_waiting=1))
+
+    async def work() -> None:
+        async with running(config) as engine:
+            async with aclosing(engine.generate(request("a", (1, 2, 3), 500))) as first:
+                await anext(first)
+                late = msgspec.structs.replace(request("b", (1, 2, 3)), deadline=0.2)
+                waiting = asyncio.create_task(collect(engine, late))
+                await asyncio.sleep(0)  # until it is sent
+                with pytest.raises(QueueFullError) as caught:
+                    await collect(engine, request("c", (1, 2, 3)))
+                assert caught.value.retry_after > 0
+                with pytest.raises(RequestTimeoutError):
+                    await waiting
+                await anext(first)
+            await until(lambda: is_idle(engine.stats) and has_all_blocks(engine.stats))
 
     drive(work())
 

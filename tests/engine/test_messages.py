@@ -12,6 +12,7 @@ from nybble.engine.messages import (
     EngineReady,
     FromEngine,
     Request,
+    RequestFailed,
     RequestRefused,
     SamplingParams,
     ToEngine,
@@ -39,6 +40,7 @@ SAMPLING = SamplingParams(
 )
 TO_ENGINE = [
     Request(request_id="r", prompt_token_ids=(0, 1, 151_551), sampling=SAMPLING),
+    Request(request_id="q", prompt_token_ids=(1,), sampling=SAMPLING, priority=-1, tenant="é", deadline=0.5),
     Request(request_id="", prompt_token_ids=(), sampling=SamplingParams(max_tokens=1)),
     Abort(request_id="r"),
 ]
@@ -61,6 +63,8 @@ FROM_ENGINE = [
         num_cached_tokens=0,
     ),
     RequestRefused(request_id="r", message="the prompt is empty", parameter="prompt"),
+    RequestRefused(request_id="r", message="too many wait", retry_after=2.5),
+    RequestFailed(request_id="r", message="its time was over", kind="timeout"),
     StatsRecorder().snapshot(Gauges(1, 2, 3, 4, 5)),
 ]
 

@@ -10,7 +10,14 @@ import pytest
 from asgi_exchange import Exchange
 from scripted_engine import Pause, ScriptedEngine, Step, scripted_logprobs
 
-from nybble.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError
+from nybble.engine.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.app import create_app
 from nybble.server.prices import Prices
@@ -357,6 +364,66 @@ def test_the_engine_dies_in_mid_stream(model: ServedModel) -> None:
     assert last == {
         "error": {"message": str(DIED), "type": "server_error", "param": None, "code": "engine_dead"}
     }
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_full_queue(model: ServedModel, is_stream: bool) -> None:
+    full = QueueFullError("7 requests are waiting", retry_after=12.3)
+    response = _chat(ScriptedEngine([full]), model, stream=is_stream)
+    assert response.headers["retry-after"] == "13"
+    assert _error(response, 429) == {
+        "message": "7 requests are waiting",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "queue_full",
+    }
+
+
+TIMEOUT = RequestTimeoutError("the request's time was over")
+FAILED = RequestFailedError("the engine failed in a step of this request: OutOfMemoryError")
+ENDS = [(TIMEOUT, 504, "timeout_error", "timeout"), (FAILED, 500, "server_error", "engine_error")]
+
+
+@pytest.mark.parametrize(("error", "status", "kind", "code"), ENDS)
+@pytest.mark.parametrize(("num_tokens", "is_stream"), [(0, True), (0, False), (2, False)])
+def test_a_request_that_fails_before_anything_is_sent(
+    model: ServedModel, error: Exception, status: int, kind: str, code: str, num_tokens: int, is_stream: bool
+) -> None:
+    engine = ScriptedEngine([*[65] * num_tokens, error])
+    answer = _error(_chat(engine, model, stream=is_stream), status)
+    assert (answer["message"], answer["type"], answer["code"]) == (str(error), kind, code)
+    assert engine.is_alive
+
+
+@pytest.mark.parametrize(("error", "status", "kind", "code"), ENDS)
+def test_a_request_that_fails_in_mid_stream(
+    model: ServedModel, error: Exception, status: int, kind: str, code: str
+) -> None:
+    *chunks, last = _chunks(_chat(ScriptedEngine([65, 66, error]), model, stream=True))
+    assert _content(chunks) == "AB"
+    assert (last["error"]["message"], last["error"]["type"], last["error"]["code"]) == (
+        str(error),
+        kind,
+        code,
+    )
+
+
+def test_priority_and_timeout_reach_the_engine(model: ServedModel) -> None:
+    engine = ScriptedEngine([65])
+    _answer(_chat(engine, model, priority=-3, timeout=1.5))
+    _answer(_chat(engine, model))
+    hasty, other = engine.requests
+    assert hasty.priority == -3 and hasty.deadline is not None and 0 < hasty.deadline <= 1.5
+    assert (other.priority, other.deadline) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("timeout", 0), ("timeout", -1), ("timeout", "soon"), ("priority", 2**31)]
+)
+def test_priority_and_timeout_have_ranges(model: ServedModel, field: str, value: object) -> None:
+    engine = ScriptedEngine([65])
+    assert _error(_chat(engine, model, **{field: value}), 400)["param"] == field
+    assert not engine.requests
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

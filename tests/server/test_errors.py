@@ -8,7 +8,9 @@ from nybble.server.errors import (
     InternalError,
     MethodError,
     NotFoundError,
+    TimedOutError,
     TooLargeError,
+    TooManyRequestsError,
     UnavailableError,
     UnprocessableError,
 )
@@ -19,8 +21,10 @@ CASES: list[tuple[type[APIError], int, str]] = [
     (MethodError, 405, "invalid_request_error"),
     (TooLargeError, 413, "invalid_request_error"),
     (UnprocessableError, 422, "invalid_request_error"),
+    (TooManyRequestsError, 429, "rate_limit_error"),
     (InternalError, 500, "server_error"),
     (UnavailableError, 503, "server_error"),
+    (TimedOutError, 504, "timeout_error"),
 ]
 
 
@@ -29,7 +33,7 @@ def test_status_and_type(kind: type[APIError], status: int, error_type: str) -> 
     error = kind("it failed")
     assert error.status == status
     assert error.body() == {
-        "error": {"message": "it failed", "type": error_type, "param": None, "code": None}
+        "error": {"message": "it failed", "type": error_type, "param": None, "code": error.code}
     }
 
 
@@ -47,3 +51,8 @@ def test_param_and_code() -> None:
 def test_only_an_unavailable_server_says_when_to_come_back(kind: type[APIError]) -> None:
     assert int(UnavailableError("down").headers()["Retry-After"]) > 0
     assert kind("x").headers() == {}
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (3.0, "3"), (3.01, "4")])
+def test_retry_after_is_in_whole_seconds_rounded_up(seconds: float, header: str) -> None:
+    assert TooManyRequestsError("full", seconds).headers() == {"Retry-After": header}

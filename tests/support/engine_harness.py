@@ -10,7 +10,7 @@ from paged_runner import VOCABULARY, PagedRunner, next_token
 from nybble.engine.block_pool import BlockPool
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
-from nybble.engine.messages import CacheExplanation, Request, SamplingParams, TokenEvent
+from nybble.engine.messages import CacheExplanation, Request, RequestFailed, SamplingParams, StepEvent
 from nybble.engine.scheduler import Scheduler
 
 BLOCK_SIZE = 4
@@ -18,16 +18,19 @@ BLOCK_SIZE = 4
 
 @dataclass
 class Harness:
-    """Everything that the engine said. Every step checks the blocks."""
+    """Everything that the engine said, on a clock that the test moves. Every step checks the blocks."""
 
     num_blocks: int = 100
     max_num_seqs: int = 8
     budget: int = 64
     enable_prefix_caching: bool = True
+    max_waiting: int | None = None
+    now: float = 0.0
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     finish_reasons: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     num_cached: dict[str, int] = field(default_factory=dict)
     explanations: dict[str, CacheExplanation] = field(default_factory=dict)
 
@@ -36,8 +39,10 @@ class Harness:
         config = SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget)
         pool = BlockPool(self.num_blocks)
         self.scheduler = Scheduler(config, pool, BLOCK_SIZE, self.enable_prefix_caching)
-        limits = EngineLimits(self.num_blocks * BLOCK_SIZE, VOCABULARY, BLOCK_SIZE)
-        self.engine = Engine(self.runner, self.scheduler, limits)
+        limits = EngineLimits(
+            self.num_blocks * BLOCK_SIZE, VOCABULARY, BLOCK_SIZE, max_waiting=self.max_waiting
+        )
+        self.engine = Engine(self.runner, self.scheduler, limits, clock=lambda: self.now)
 
     def add(
         self,
@@ -54,9 +59,9 @@ class Harness:
 
     def step(self) -> dict[str, int]:
         """Run a step; returns how many tokens each request ran, in the plan's order."""
-        num_plans = len(self.runner.plans)
+        num_plans, num_faults = len(self.runner.plans), self.runner.num_faults
         for event in self.engine.step():
-            self._note(event)
+            self._note(event, may_fail=self.runner.num_faults > num_faults)
         self.engine.check()
         plans = self.runner.plans[num_plans:]
         return {chunk.request_id: len(chunk.token_ids) for plan in plans for chunk in plan.chunks}
@@ -92,8 +97,13 @@ class Harness:
     def running_ids(self) -> list[str]:
         return [sequence.request_id for sequence in self.scheduler.running]
 
-    def _note(self, event: TokenEvent) -> None:
+    def _note(self, event: StepEvent, may_fail: bool) -> None:
         assert event.request_id not in self.finished
+        assert event.request_id not in self.failed
+        if isinstance(event, RequestFailed):
+            assert may_fail or event.kind == "timeout", event.message
+            self.failed[event.request_id] = event.kind
+            return
         self.tokens[event.request_id].append(event.token_id)
         self.num_cached[event.request_id] = event.num_cached_tokens
         if event.cache_explanation is not None:

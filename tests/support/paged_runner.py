@@ -17,10 +17,14 @@ VOCABULARY = 8
 
 
 class PagedRunner:
-    """Keeps every plan it ran in `plans`."""
+    """Keeps every plan it ran in `plans`. If `fault` gives an error for a plan, it is raised after the plan's
+    tokens were written."""
 
     def __init__(self, block_size: int) -> None:
         self.plans: list[StepPlan] = []
+        self.fault: Callable[[StepPlan], Exception | None] = lambda plan: None
+        self.num_faults = 0
+        self.has_survived = True  # its faults
         self._block_size = block_size
         self._memory: dict[int, tuple[int, bytes]] = {}  # slot -> position, state
 
@@ -38,7 +42,13 @@ class PagedRunner:
             raise AssertionError("two tokens of a step are written to one slot")
         for chunk in plan.chunks:
             self._write(chunk)
+        if (error := self.fault(plan)) is not None:
+            self.num_faults += 1
+            raise error
         return [tuple(self._sample(chunk)) for chunk in plan.sampling_chunks]
+
+    def is_sound(self) -> bool:
+        return self.has_survived
 
     def _sample(self, chunk: Chunk) -> Iterator[SampledToken]:
         """Tokens as long as the drafts are what comes, and the next one."""
