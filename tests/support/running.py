@@ -21,7 +21,7 @@ def tiny_config(directory: Path, kv_cache_memory: float = TINY_CACHE_GIB, **sche
         checkpoint=str(directory),
         device="cpu",
         cache=CacheConfig(kv_cache_memory=kv_cache_memory),
-        scheduler=SchedulerConfig(**scheduler),
+        scheduler=SchedulerConfig(**{"max_waiting": None} | scheduler),
     )
 
 
