@@ -2,90 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from msgspec import Struct
 from torch import Tensor
 
-from nybble.engine.logit_rules import LogitRules
+from nybble.engine.logit_rules import ListedBias, LogitRules
 from nybble.engine.step import Chunk
+from nybble.engine.token_counts import TokenCounts
 from nybble.kernels.logit_adjustments import LogitAdjustments, LogitBias, Penalties
 
 
-@dataclass(frozen=True)
-class _Row:
-    rules: LogitRules | None
+class _Row(Struct, frozen=True, gc=False):
+    """A row that has rules: its number in the step, and the drafts that are assumed before it."""
+
+    number: int
+    rules: LogitRules
     drafts: Sequence[int]
 
 
 def adjustments_of(chunks: Sequence[Chunk], device: torch.device) -> LogitAdjustments | None:
-    """Of the rows of chunks that sample, one for each draft and one more; None if no row has any."""
-    if all(chunk.rules is None for chunk in chunks):
+    """Of the rows of chunks that sample, one for each draft and one more; None if no row has any.
+
+    Rows without rules take no time of their own.
+    """
+    rows = list(_rows_with_rules(chunks))
+    if not rows:
         return None
-    rows = [_Row(chunk.rules, drafts) for chunk in chunks for drafts in _assumed_drafts(chunk)]
+    num_rows = len(chunks) + sum([chunk.num_drafts for chunk in chunks])
     return LogitAdjustments(
-        bias=_bias_of(rows, device), penalties=_penalties_of(rows, device), allowed=_allowed_of(rows, device)
+        bias=_bias_of(rows, num_rows, device),
+        penalties=_penalties_of(rows, num_rows, device),
+        allowed=_allowed_of(rows, num_rows, device),
     )
 
 
-def _assumed_drafts(chunk: Chunk) -> list[Sequence[int]]:
-    """The drafts before each of the chunk's rows."""
-    drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
-    return [drafts[:count] for count in range(chunk.num_drafts + 1)]
+def _rows_with_rules(chunks: Sequence[Chunk]) -> Iterator[_Row]:
+    number = 0
+    for chunk in chunks:
+        if chunk.rules is not None:
+            drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
+            for count in range(chunk.num_drafts + 1):
+                yield _Row(number + count, chunk.rules, drafts[:count])
+        number += 1 + chunk.num_drafts
 
 
-def _bias_of(rows: Sequence[_Row], device: torch.device) -> LogitBias | None:
-    biases = [row.rules.bias(row.drafts) if row.rules is not None else None for row in rows]
-    listed = [bias for bias in biases if bias is not None]
+def _bias_of(rows: Sequence[_Row], num_rows: int, device: torch.device) -> LogitBias | None:
+    listed: dict[int, ListedBias] = {}
+    for row in rows:
+        bias = row.rules.bias(row.drafts)
+        if bias is not None:
+            listed[row.number] = bias
     if not listed:
         return None
     return LogitBias(
-        row_starts=_row_starts([0 if bias is None else len(bias.ids) for bias in biases], device),
-        token_ids=_joined([bias.ids for bias in listed], device),
-        values=_joined([bias.values for bias in listed], device),
+        row_starts=_row_starts({number: len(bias.ids) for number, bias in listed.items()}, num_rows, device),
+        token_ids=_joined([bias.ids for bias in listed.values()], device),
+        values=_joined([bias.values for bias in listed.values()], device),
     )
 
 
-def _penalties_of(rows: Sequence[_Row], device: torch.device) -> Penalties | None:
-    if all(row.rules is None or row.rules.counts is None for row in rows):
+def _penalties_of(rows: Sequence[_Row], num_rows: int, device: torch.device) -> Penalties | None:
+    counted = [(row, row.rules.counts) for row in rows if row.rules.counts is not None]
+    if not counted:
         return None
-    off = (1.0, 0.0, 0.0)
-    settings = np.array([off if row.rules is None else row.rules.penalties for row in rows], dtype=np.float32)
-    listed = [_counted(row) for row in rows]
-    repetition, frequency, presence = torch.from_numpy(settings.T.copy()).to(device)
+    settings = np.repeat(np.array([[1.0], [0.0], [0.0]], dtype=np.float32), num_rows, axis=1)
+    settings[:, [row.number for row, _ in counted]] = np.array([row.rules.penalties for row, _ in counted]).T
+    repetition, frequency, presence = torch.from_numpy(settings).to(device)
+    ids, counts = zip(*(_listed_counts(own, row.drafts) for row, own in counted), strict=True)
+    lengths = {row.number: len(own) for (row, _), own in zip(counted, ids, strict=True)}
     return Penalties(
         repetition=repetition,
         frequency=frequency,
         presence=presence,
-        row_starts=_row_starts([len(ids) for ids, _ in listed], device),
-        token_ids=_joined([ids for ids, _ in listed], device),
-        output_counts=_joined([counts for _, counts in listed], device),
+        row_starts=_row_starts(lengths, num_rows, device),
+        token_ids=_joined(ids, device),
+        output_counts=_joined(counts, device),
     )
 
 
-_NOTHING = np.zeros(0, dtype=np.int32)
+def _listed_counts(counts: TokenCounts, drafts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    return counts.followed_by(drafts) if drafts else (counts.ids, counts.counts)
 
 
-def _counted(row: _Row) -> tuple[np.ndarray, np.ndarray]:
-    counts = None if row.rules is None else row.rules.counts
-    if counts is None:
-        return _NOTHING, _NOTHING
-    return counts.followed_by(row.drafts) if row.drafts else (counts.ids, counts.counts)
-
-
-def _allowed_of(rows: Sequence[_Row], device: torch.device) -> Tensor | None:
-    words = [None if row.rules is None else row.rules.allowed_words for row in rows]
-    masks = [mask for mask in words if mask is not None]
+def _allowed_of(rows: Sequence[_Row], num_rows: int, device: torch.device) -> Tensor | None:
+    masks = {row.number: row.rules.allowed_words for row in rows if row.rules.allowed_words is not None}
     if not masks:
         return None
-    everything = np.full_like(masks[0], -1)
-    return torch.from_numpy(np.stack([everything if mask is None else mask for mask in words])).to(device)
+    words = np.full((num_rows, len(next(iter(masks.values())))), -1, dtype=np.int32)
+    for number, mask in masks.items():
+        words[number] = mask
+    return torch.from_numpy(words).to(device)
 
 
-def _row_starts(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device)
+def _row_starts(lengths: dict[int, int], num_rows: int, device: torch.device) -> Tensor:
+    """int32 [num_rows + 1]; lengths: of the rows that list any."""
+    starts = np.zeros(num_rows + 1, dtype=np.int32)
+    starts[np.array(list(lengths)) + 1] = list(lengths.values())
+    return torch.from_numpy(starts.cumsum(dtype=np.int32)).to(device)
 
 
 def _joined(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
