@@ -18,6 +18,7 @@ from nybble.engine.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
+from nybble.engine.messages import CacheExplanation
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.app import create_app
 from nybble.server.prices import Prices
@@ -133,6 +134,70 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
             "estimated_cost": pytest.approx((2 * 1.0 + 2 * 0.25 + 3 * 10.0) / 1e6),
         },
     }
+
+
+def test_choices_streamed_or_not(model: ServedModel, end_id: int) -> None:
+    engine = ScriptedEngine([*b"ok", end_id], num_cached_tokens=2)
+    answer = _answer(_chat(engine, model, n=3, seed=1))
+    assert [(choice["index"], choice["message"]["content"]) for choice in answer["choices"]] == [
+        (0, "ok"),
+        (1, "ok"),
+        (2, "ok"),
+    ]
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (4, 9, 13)
+    assert usage["estimated_cost"] == pytest.approx((2 * 1.0 + 2 * 0.25 + 9 * 10.0) / 1e6)
+    chunks = _chunks(_chat(ScriptedEngine([*b"ok", end_id]), model, n=3, stream=True))
+    for index in range(3):
+        own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert [choice["delta"] for choice in own] == [
+            {"role": "assistant", "content": ""},
+            {"content": "o"},
+            {"content": "k"},
+            {},
+        ]
+        assert [choice["finish_reason"] for choice in own] == [None, None, None, "stop"]
+
+
+def test_an_engine_that_dies_ends_all_choices_with_one_error(model: ServedModel) -> None:
+    engine = ScriptedEngine([65, DIED])
+    assert _error(_chat(engine, model, n=2), 503)["code"] == "engine_dead"
+
+
+def test_a_parameter_that_the_engine_refuses_is_named(model: ServedModel) -> None:
+    engine = ScriptedEngine(
+        [InvalidRequestError("logit_bias: token id 9000 is not in 0 .. 99", "logit_bias")]
+    )
+    error = _error(_chat(engine, model, n=2, logit_bias={"9000": 1}), 400)
+    assert error["param"] == "logit_bias" and "token id 9000" in error["message"]
+
+
+def test_a_cache_miss_is_explained_to_who_asks(model: ServedModel) -> None:
+    explanation = CacheExplanation(reason="different_token", first_differing_token=1)
+    for fields, details in [
+        ({}, {"cached_tokens": 0}),
+        (
+            {"explain_cache": True},
+            {
+                "cached_tokens": 0,
+                "cache_miss": {"reason": "different_token", "first_differing_token": 1, "text": "h"},
+            },
+        ),
+    ]:
+        engine = ScriptedEngine([65], explanation=explanation)
+        usage = _answer(_chat(engine, model, cache_salt="ann", **fields))["usage"]
+        assert usage["prompt_tokens_details"] == details
+        assert engine.requests[0].cache_salt == "ann"
+
+
+def test_an_explanation_needs_a_usage_to_be_in(model: ServedModel) -> None:
+    refused = _chat(ScriptedEngine([65]), model, explain_cache=True, stream=True)
+    assert _error(refused, 400)["param"] == "explain_cache"
+    options = {"include_usage": True}
+    explanation = CacheExplanation(reason="evicted")
+    engine = ScriptedEngine([65], explanation=explanation)
+    chunks = _chunks(_chat(engine, model, explain_cache=True, stream=True, stream_options=options))
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cache_miss"] == {"reason": "evicted"}
 
 
 def test_the_chunks_of_a_stream(model: ServedModel, end_id: int) -> None:

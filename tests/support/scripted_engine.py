@@ -7,7 +7,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from nybble.engine.errors import EngineDeadError
-from nybble.engine.messages import EngineStats, FinishReason, Request, TokenEvent, TokenLogprobs
+from nybble.engine.messages import (
+    CacheExplanation,
+    EngineStats,
+    FinishReason,
+    Request,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,13 @@ class ScriptedEngine:
         finish_reason: FinishReason = "stop",
         num_cached_tokens: int = 0,
         is_alive: bool = True,
+        explanation: CacheExplanation | None = None,
     ) -> None:
         self._script = script
         self._finish_reason = finish_reason
         self._num_cached_tokens = num_cached_tokens
         self.is_alive = is_alive
+        self._explanation = explanation
         self.stats: EngineStats | None = None
         self.requests: list[Request] = []
         self.num_emitted = 0
@@ -87,6 +96,7 @@ class ScriptedEngine:
             logprobs=logprobs,
             finish_reason=self._finish_reason if is_last else None,
             num_cached_tokens=self._num_cached_tokens,
+            cache_explanation=self._explanation if request.explain_cache else None,
         )
 
 
