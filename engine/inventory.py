@@ -116,10 +116,13 @@ class Inventory:
             "dense MLP": weight_dtypes.dense_mlp_dtype,
             "shared experts": weight_dtypes.shared_expert_dtype,
         }
-        to_nvfp4 = {part for part, dtype in dtypes.items() if dtype == "nvfp4"}
+        parts = [part for part, dtype in dtypes.items() if dtype == "nvfp4"]
+        to_nvfp4 = {(part, is_draft) for part in parts for is_draft in (False, True)}
+        if weight_dtypes.draft_expert_dtype == "nvfp4":
+            to_nvfp4.add((EXPERTS, True))
         groups = (
             replace(group, block_size=max(group.block_size, NVFP4.block_size or 1))
-            if group.part in to_nvfp4
+            if (group.part, group.is_draft) in to_nvfp4
             else group
             for group in self.groups
         )

@@ -3,6 +3,9 @@
 nvidia/GLM-4.7-NVFP4 keeps attention in BF16, which is two thirds of what decoding reads at batch 1: 37.7 GB a
 token. In FP8 it is about 25.
 
+Its draft (MTP) layer is in BF16 too; a backend that has kernels for FP4 experts only wants those in NVFP4.
+They only guess, so that no token changes.
+
 Each rank re-quantizes what it holds of a matrix, with scales of its own, at least as fine as those of the
 whole.
 """
@@ -33,6 +36,9 @@ class WeightDtypes:
     )
     shared_expert_dtype: WeightDtype = field(
         default="stored", metadata={"help": "re-quantize shared experts while loading"}
+    )
+    draft_expert_dtype: Literal["stored", "nvfp4"] = field(
+        default="stored", metadata={"help": "re-quantize the MTP layer's routed experts while loading"}
     )
 
 

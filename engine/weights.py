@@ -182,10 +182,11 @@ class _Loader(Generic[W]):
 
     def _layer(self, layer: int) -> LayerWeights[W]:
         prefix = f"model.layers.{layer}"
-        is_dense = self.config.is_dense_layer(layer)
+        is_dense, is_draft = self.config.is_dense_layer(layer), layer >= self.config.num_hidden_layers
+        dtype = self.weight_dtypes.draft_expert_dtype if is_draft else "stored"
         return LayerWeights(
             attention=self._attention(prefix),
-            feed_forward=self._dense(prefix) if is_dense else self._moe(prefix),
+            feed_forward=self._dense(prefix) if is_dense else self._moe(prefix, dtype),
         )
 
     def _attention(self, prefix: str) -> AttentionWeights[W]:
@@ -216,11 +217,12 @@ class _Loader(Generic[W]):
         norm, dtype = self._norm(f"{prefix}.post_attention_layernorm"), self.weight_dtypes.dense_mlp_dtype
         return DenseWeights(norm=norm, mlp=self._mlp(f"{prefix}.mlp", dtype))
 
-    def _moe(self, prefix: str) -> MoeWeights[W]:
+    def _moe(self, prefix: str, dtype: WeightDtype) -> MoeWeights[W]:
+        """dtype: of the routed experts."""
         return MoeWeights(
             norm=self._norm(f"{prefix}.post_attention_layernorm"),
             router=self._router(f"{prefix}.mlp.gate"),
-            experts=self._experts(f"{prefix}.mlp.experts"),
+            experts=self._experts(f"{prefix}.mlp.experts", dtype),
             shared_expert=self._mlp(f"{prefix}.mlp.shared_experts", self.weight_dtypes.shared_expert_dtype),
             first_expert=self.placement.experts(self.config.n_routed_experts).start,
         )
@@ -238,14 +240,15 @@ class _Loader(Generic[W]):
         )
         return self.ops.prepare_router(router)
 
-    def _experts(self, prefix: str) -> MlpWeights[W]:
+    def _experts(self, prefix: str, dtype: WeightDtype) -> MlpWeights[W]:
         held = self.placement.experts(self.config.n_routed_experts)
         names = [f"{prefix}.{expert}" for expert in held]
         gate_up = [[f"{name}.gate_proj", f"{name}.up_proj"] for name in names]
+        down = [[f"{name}.down_proj"] for name in names]
         # One after the other, so that only one of them is held in both forms at a time.
         return MlpWeights(
-            gate_up=self.ops.prepare_weight(self._stacked(gate_up)),
-            down=self.ops.prepare_weight(self._stacked([[f"{name}.down_proj"] for name in names])),
+            gate_up=self.ops.prepare_weight(self._stacked(gate_up, dtype)),
+            down=self.ops.prepare_weight(self._stacked(down, dtype)),
         )
 
     def _mlp(self, name: str, dtype: WeightDtype) -> MlpWeights[W]:

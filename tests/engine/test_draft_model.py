@@ -21,8 +21,10 @@ from nybble.engine.messages import SamplingParams
 from nybble.engine.model import Glm4Moe
 from nybble.engine.model_config import ModelConfig
 from nybble.engine.step import Chunk, StepInput, StepPlan, build_step_input
+from nybble.engine.weight_dtypes import WeightDtypes
 from nybble.engine.weights import ModelWeights, load_weights
-from nybble.kernels.ops import KVCacheLayer
+from nybble.kernels import nvfp4
+from nybble.kernels.ops import KVCacheLayer, MoeWeights
 from nybble.kernels.reference_ops import ReferenceOps
 
 BLOCK_SIZE = 16
@@ -165,3 +167,30 @@ def test_an_incomplete_draft_layer_is_refused_only_if_it_is_wanted(checkpoint: P
     load_weights(Checkpoint.open(checkpoint), config, ops, CPU, torch.float32)
     with pytest.raises(CheckpointError, match="lacks tensors"):
         load(checkpoint)
+
+
+@torch.inference_mode()
+def test_routed_experts_can_be_requantized_and_nothing_else(tmp_path: Path) -> None:
+    """NVFP4 as `nvfp4` makes it; the main model's stay as they are."""
+    make_checkpoint(tmp_path, seed=8, num_mtp_layers=1)
+    config, ops = ModelConfig.from_directory(tmp_path), ReferenceOps(torch.float32)
+    stored, _ = load(tmp_path)
+    recast = load_weights(
+        Checkpoint.open(tmp_path),
+        config,
+        ops,
+        CPU,
+        torch.float32,
+        WeightDtypes(draft_expert_dtype="nvfp4"),
+        with_draft=True,
+    )
+    assert stored.draft is not None and recast.draft is not None
+    before, after = stored.draft.layer.feed_forward, recast.draft.layer.feed_forward
+    assert isinstance(before, MoeWeights) and isinstance(after, MoeWeights)
+    for expert, down in enumerate(before.experts.down):
+        assert torch.equal(after.experts.down[expert], nvfp4.quantize(down).dequantize())
+    assert torch.equal(before.shared_expert.down, after.shared_expert.down)
+    assert torch.equal(before.router.weight, after.router.weight)
+    for one, other in zip(stored.layers[1:], recast.layers[1:], strict=True):
+        assert isinstance(one.feed_forward, MoeWeights) and isinstance(other.feed_forward, MoeWeights)
+        assert torch.equal(one.feed_forward.experts.down, other.feed_forward.experts.down)

@@ -193,6 +193,18 @@ def test_greedy_tokens_with_the_draft_layer_are_those_without(name: str, tmp_pat
     assert sum(stats_of(engine).num_accepted) > 0
 
 
+def test_deterministic_drafts_change_no_bit(checkpoint: Path) -> None:
+    """Verified together, tokens have the logprobs that they have one by one."""
+    config = replace(tiny_config(checkpoint), deterministic=True)
+    items = [request(str(n), random_prompt(9 + n, seed=n), 12, num_logprobs=2) for n in range(2)]
+    plain = run(tiny_engine(config), *items)
+    engine = speculating(config, 3, ScriptedDrafter("mixed", items, answers_of(plain)))
+    drafted = run(engine, *items)
+    assert sum(stats_of(engine).num_accepted)
+    for name, events in plain.items():
+        assert [(e.token_id, e.logprobs) for e in drafted[name]] == [(e.token_id, e.logprobs) for e in events]
+
+
 def test_the_same_seed_gives_the_same_tokens(checkpoint: Path) -> None:
     item = request("a", random_prompt(9, seed=3), 40, seed=5, temperature=1.0)
     first, again = (run(speculating(tiny_config(checkpoint), 2), item)["a"] for _ in range(2))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import meta_glm
 import pytest
@@ -20,6 +20,7 @@ from triton_device import ARCHES, DEVICE
 from nybble.engine.engine_config import SpeculationConfig
 from nybble.engine.quantize_checkpoint import quantize_checkpoint
 from nybble.engine.quantize_recipe import QuantizeRecipe
+from nybble.engine.weight_dtypes import WeightDtypes
 from nybble.kernels import nvfp4
 from nybble.kernels.ops import MlpWeights, MoeWeights, Ops, RmsNorm, RouterWeights
 from nybble.kernels.quantized_tensor import QuantizedTensor, stack
@@ -226,8 +227,9 @@ def test_the_engine_serves_the_references_tokens_from_an_fp8_cache(checkpoints: 
     assert reference == triton
 
 
-def test_drafts_on_triton_change_no_token(tmp_path: Path) -> None:
-    """Several query tokens a sequence, and the draft layer with experts that have no kernel."""
+@pytest.mark.parametrize("dtype", ["stored", "nvfp4"])
+def test_drafts_on_triton_change_no_token(tmp_path: Path, dtype: Literal["stored", "nvfp4"]) -> None:
+    """Several query tokens a sequence, and the draft layer with experts that have no kernel, or have."""
     sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 4}
     make_checkpoint(tmp_path / "floats", num_mtp_layers=1, **sizes, max_position_embeddings=64)
     make_predictable(tmp_path / "floats")
@@ -237,7 +239,8 @@ def test_drafts_on_triton_change_no_token(tmp_path: Path) -> None:
     requests = [request(f"r{n}", random_prompt(n, n), max_tokens=5) for n in (1, 14)]
     plain = run(tiny_engine(replace(config, backend="reference")), *requests)
     speculation = SpeculationConfig(num_speculative_tokens=2)
-    engine = tiny_engine(replace(config, backend="triton", speculation=speculation))
+    weights = WeightDtypes(draft_expert_dtype=dtype)
+    engine = tiny_engine(replace(config, backend="triton", speculation=speculation, weights=weights))
     drafted = run(engine, *requests)
     assert {n: tokens(listed) for n, listed in drafted.items()} == {n: tokens(e) for n, e in plain.items()}
     stats = engine.stats().speculation
