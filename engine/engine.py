@@ -167,13 +167,17 @@ class Engine:
 
     def _finish(self, plan: StepPlan, wait: Wait, start: float) -> Iterable[StepEvent]:
         try:
-            predicted = self._scheduler.predict(plan)
-            if predicted is not None:
-                self._runner.prepare(predicted)
+            self._plan_ahead(plan)
             return self._take(plan, wait(), start)
         except Exception as error:
             logger.exception("a step failed that ran %d requests", len(plan.chunks))
             return self._fail(plan, error)
+
+    def _plan_ahead(self, plan: StepPlan) -> None:
+        """While a plan is run. With drafts nobody knows how many tokens come."""
+        predicted = self._scheduler.predict(plan) if self._speculator is None else None
+        if predicted is not None:
+            self._runner.prepare(predicted)
 
     def _take(self, plan: StepPlan, sampled: Sampled, start: float) -> list[TokenEvent]:
         """Note what a plan sampled that was launched at `start`."""
