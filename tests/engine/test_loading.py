@@ -13,10 +13,12 @@ import torch
 from rank_engine import Case, Tokens, generate
 from ranks import rank_processes
 from running import TINY_CACHE_GIB, random_prompt, request, run, tiny_config, tiny_engine
+from scripted_drafter import ScriptedDrafter
 from tiny_glm import make_checkpoint
 
 from nybble.engine.engine import Engine
-from nybble.engine.engine_config import EngineConfig, ParallelConfig
+from nybble.engine.engine_config import EngineConfig, ParallelConfig, SpeculationConfig
+from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import Request, TokenEvent
 from nybble.engine.placement import Split
 
@@ -125,6 +127,20 @@ def test_cached(checkpoint: Path, alone: dict[str, Bits]) -> None:
             name: alone[name] for name in results
         }
     assert [results[name][0].num_cached_tokens for name in ("0", "1", "7")] == [64, 64, 16]
+
+
+def test_with_drafts(tmp_path: Path) -> None:
+    """Several tokens of a sequence in one step have the bits of one by one, accepted or not."""
+    make_checkpoint(tmp_path, seed=14, num_mtp_layers=1)
+    options = config(tmp_path)
+    asked = requests(4)
+    plain = one_by_one(options, asked)
+    tokens_of = {name: [token for token, _ in found] for name, found in plain.items()}
+    drafting = replace(options, speculation=SpeculationConfig(num_speculative_tokens=4))
+    engine = load_engine(prepare(drafting), ScriptedDrafter("mixed", asked, tokens_of))
+    assert answers(engine, asked) == plain
+    stats = engine.stats().speculation
+    assert stats is not None and 0 < sum(stats.num_accepted) < sum(stats.num_drafts)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["bf16", "fp8"])
