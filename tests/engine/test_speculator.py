@@ -19,7 +19,7 @@ from nybble.engine.drafter import Drafter, Drafts
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig, SpeculationConfig
 from nybble.engine.loading import load_engine, prepare
-from nybble.engine.messages import Request, SpeculationStats, TokenEvent
+from nybble.engine.messages import Request, RequestFailed, SpeculationStats, TokenEvent
 from nybble.engine.step import SampledToken, StepPlan
 
 KINDS: tuple[Kind, ...] = ("right", "wrong", "mixed", "too few")
@@ -203,6 +203,36 @@ def test_deterministic_drafts_change_no_bit(checkpoint: Path) -> None:
     assert sum(stats_of(engine).num_accepted)
     for name, events in plain.items():
         assert [(e.token_id, e.logprobs) for e in drafted[name]] == [(e.token_id, e.logprobs) for e in events]
+
+
+class FailsOnce(ScriptedDrafter):
+    """Fails after the first step."""
+
+    has_failed = False
+
+    def draft(
+        self, plan: StepPlan, sampled: Sequence[tuple[SampledToken, ...]], num_drafts: Mapping[str, int]
+    ) -> Drafts:
+        if not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("no drafts")
+        return super().draft(plan, sampled, num_drafts)
+
+
+def test_a_drafter_that_fails_ends_its_step_and_leaves_nothing_cached(
+    checkpoint: Path, plain: Answers
+) -> None:
+    """Blocks without the draft layer's keys and values must not be found."""
+    item = requests()[-1]
+    engine = speculating(tiny_config(checkpoint), 4, FailsOnce("right", requests(), plain))
+    engine.add(item)
+    (failed,) = engine.step()
+    assert isinstance(failed, RequestFailed) and failed.request_id == item.request_id
+    assert not engine.has_work and engine.failure is None
+    engine.check()
+    events = run(engine, item)[item.request_id]
+    assert events[0].num_cached_tokens == 0
+    assert tokens(events) == plain[item.request_id]
 
 
 def test_the_same_seed_gives_the_same_tokens(checkpoint: Path) -> None:
