@@ -261,17 +261,16 @@ _prompts = st.tuples(
 _arrivals = st.builds(
     Arrival,
     _prompts,
-    st.integers(1, 9),
+    st.sampled_from([1, 3, 9, 12]),
     st.sampled_from(["", "a", "b"]),
     st.integers(-1, 1),
-    st.sampled_from([None, None, 1.5, 6.0]),
+    st.sampled_from([None, None, None, 1.5, 6.0]),
 )
-_actions = st.one_of(
-    _arrivals,
-    st.builds(Guess, st.integers(0, 4), st.integers(0, 2)),
-    st.integers(0, 20),  # aborts
-    st.sampled_from(["step", "step", "step", "fault"]),
-)
+_guesses = st.builds(Guess, st.integers(0, 4), st.integers(0, 2))
+_aborts = st.integers(0, 20)
+_steps = st.sampled_from(["step"] * 9 + ["fault"])
+# Mostly bursts of requests, and steps with and without drafts.
+_actions = st.one_of(_arrivals, _arrivals, _arrivals, _steps, _steps, _guesses, _guesses, _aborts)
 
 
 class Trace:
@@ -348,8 +347,8 @@ class Trace:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    actions=st.lists(_actions, max_size=50),
-    num_blocks=st.integers(9, 16),
+    actions=st.lists(_actions, min_size=25, max_size=60),
+    num_blocks=st.integers(9, 14),
     max_num_seqs=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
     enable_prefix_caching=st.booleans(),
