@@ -64,6 +64,14 @@ def test_chunked_equals_whole(checkpoint: Path, alone: dict[str, list[int]], bud
     check_same(tiny_config(checkpoint, max_num_batched_tokens=budget, max_num_seqs=8), alone)
 
 
+def test_planned_ahead_equals_not(checkpoint: Path, alone: dict[str, list[int]]) -> None:
+    """All other tests here plan ahead."""
+    engine = tiny_engine(tiny_config(checkpoint))
+    engine._scheduler.predict = lambda plan: None  # type: ignore[method-assign]
+    results = run(engine, *requests())
+    assert {request_id: tokens(events) for request_id, events in results.items()} == alone
+
+
 def test_preempted_equals_not(checkpoint: Path, alone: dict[str, list[int]]) -> None:
     config = replace(tiny_config(checkpoint, kv_cache_memory=0.0002), max_model_len=100)
     engine = tiny_engine(config)
