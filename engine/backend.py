@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,23 +16,27 @@ from nybble.kernels.arithmetic import PLAIN
 from nybble.kernels.invariant_arithmetic import InvariantArithmetic
 from nybble.kernels.ops import Ops
 from nybble.kernels.reference_ops import ReferenceOps
+from nybble.kernels.triton.launch_table import (
+    LaunchTable,
+    LaunchTableError,
+    default_launch_table,
+    load_launch_table,
+)
+
+logger = logging.getLogger("nybble.engine")
 
 # Compute capabilities, times ten, that the Triton kernels are tuned for. Others run as the one below: 8.9 as
 # 8.0, 10.3 as 10.0, 12.1 as 12.0.
 _TUNED = (80, 90, 100, 120)
 _INTERPRETED_AS = 90
 _OLDEST_WITH_FP8 = 90  # Triton has no conversion from E4M3 below 8.9, which runs as 8.0
-# Triton 3.6 and 3.7 give inline assembly that takes two elements others than neighbours, as was read from
-# their intermediate code: FP8 products, and FP4 products on 10.0 and 12.0, would be wrong.
-_OLDEST_TRITON = (3, 8)
 
 
 def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["reference", "triton"]:
     """Settle "auto".
 
     Raises:
-        OptionError: Triton was asked for and there is nothing that it can run on; or it would be taken, and
-            its version compiles the kernels wrong.
+        OptionError: Triton was asked for and there is nothing that it can run on.
     """
     backend = config.backend
     if backend == "auto":
@@ -41,22 +46,7 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["refere
         raise OptionError(
             f"backend is 'triton', which needs a GPU of compute capability 8.0 or more: {found}"
         )
-    if backend == "triton" and hardware.capability:
-        _check_triton()
     return backend
-
-
-def _check_triton() -> None:
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        found = "none"
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if numbers < _OLDEST_TRITON:
-        raise OptionError(
-            f"the Triton backend needs triton 3.8 or newer, found {found}: older ones compile its kernels "
-            "wrong. Install a newer one, or set backend to 'reference', which holds weights dequantized"
-        )
 
 
 def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
@@ -69,7 +59,40 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     from nybble.kernels.triton.triton_ops import TritonOps
 
     policy = invariant_policy() if config.deterministic else ADAPTIVE
-    return TritonOps(dtype, _kernel_arch(hardware), policy)
+    has_table = config.launch_table != "none"
+    table = _load_launch_table(Path(config.launch_table)) if has_table else LaunchTable()
+    return TritonOps(dtype, _kernel_arch(hardware), policy, table)
+
+
+def resolve_launch_table(config: EngineConfig, hardware: Hardware) -> str:
+    """Settle "auto" for a config whose backend is settled: a path, or "none".
+
+    Raises:
+        OptionError: a table was asked for that cannot be used, or was measured on another GPU; or there is
+            one where `--tune` puts it, and it cannot be read.
+    """
+    if config.backend != "triton" or config.launch_table == "none":
+        return "none"
+    is_asked_for = config.launch_table != "auto"
+    path = Path(config.launch_table) if is_asked_for else default_launch_table()
+    if not is_asked_for and not path.exists():
+        return "none"
+    table = _load_launch_table(path)
+    if table.device == hardware.name:
+        return str(path)
+    if is_asked_for:
+        raise OptionError(f"launch_table is {path}, measured on {table.device!r}: this is {hardware.name!r}")
+    logger.warning("%s is for %s, not for %s: it is left aside", path, table.device, hardware.name)
+    return "none"
+
+
+def _load_launch_table(path: Path) -> LaunchTable:
+    from nybble.kernels.triton.launch_choice import TUNABLE_OPS
+
+    try:
+        return load_launch_table(path, TUNABLE_OPS)
+    except LaunchTableError as error:
+        raise OptionError(f"launch_table: {error}; write it anew, or set it to 'none'") from error
 
 
 def resolve_kv_cache_dtype(

@@ -102,6 +102,13 @@ class EngineConfig:
             "and number of ranks; slower"
         },
     )
+    launch_table: str = field(
+        default="auto",
+        metadata={
+            "help": "launch configurations that `nybble bench ops --tune` measured: a file, or none "
+            "(auto: where --tune writes them, if they are for this GPU)"
+        },
+    )
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )

@@ -28,6 +28,7 @@ from nybble.kernels.ops import MlpWeights, MoeWeights, RmsNorm, RouterWeights, R
 from nybble.kernels.quantized_tensor import NVFP4, QuantizedTensor
 from nybble.kernels.triton.experts import moe_experts
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.matmul import NATIVE_TOKENS, Matrix
 from nybble.kernels.triton.native_fp4 import activation_format
 
@@ -85,7 +86,7 @@ def expert_workload(case: BenchCase, model: ModelShape, inputs: BenchInputs) -> 
     x = inputs.activations(case.tokens, experts.gate_up.matrix)
 
     def run() -> Tensor:
-        return moe_experts(x, routing, weights, inputs.dtype, inputs.arch)
+        return moe_experts(x, routing, weights, inputs.dtype, LaunchChoice(inputs.arch))
 
     def judge(output: Tensor) -> Deviation:
         rows = checked_rows(case.tokens).to(inputs.device)

@@ -128,7 +128,7 @@ def _empty_matrix(format: str, shape: tuple[int, ...], dtype: torch.dtype, arch:
         return Fp8Matrix(codes, row_scales, converts_codes, (num_rows, width))
     block_size = _FORMATS[format].block_size
     assert block_size
-    words = (*lead, -(-num_rows // 16), -(-width // 128), 512 // block_size)
+    words = (*lead, -(-num_rows // 16), -(-width // 256), 1024 // block_size)
     return Fp4Matrix(
         codes=torch.empty(*lead, num_rows, padded // 2, dtype=torch.uint8, device="meta"),
         scale_words=torch.empty(*words, dtype=torch.int32, device="meta"),

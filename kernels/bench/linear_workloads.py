@@ -20,6 +20,7 @@ from nybble.kernels.bench.linear_peers import LinearProblem, linear_peers
 from nybble.kernels.bench.workload import Workload, as_tensor
 from nybble.kernels.quantized_tensor import NVFP4
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.matmul import NATIVE_TOKENS, Matrix, linear
 from nybble.kernels.triton.native_fp4 import activation_format
 
@@ -31,7 +32,7 @@ def linear_workload(case: BenchCase, model: ModelShape, inputs: BenchInputs) -> 
     dtype = torch.float32 if case.op == "head" else inputs.dtype
 
     def run() -> Tensor:
-        return linear(x, loaded.matrix, dtype, inputs.arch)
+        return linear(x, loaded.matrix, dtype, LaunchChoice(inputs.arch))
 
     def judge(output: Tensor) -> Deviation:
         rows = checked_rows(case.tokens).to(inputs.device)

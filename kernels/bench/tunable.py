@@ -12,38 +12,16 @@ from torch import Tensor
 from nybble.kernels.bench.cases import LINEAR_OPS, BenchCase, ModelShape
 from nybble.kernels.bench.inputs import BenchInputs
 from nybble.kernels.bench.routing import expert_ids
-from nybble.kernels.triton.expert_decode import (
-    MAX_TOKENS,
-    ExpertDecodeLaunch,
-    expert_down,
-    expert_down_launch,
-    expert_gate_up,
-    expert_gate_up_launch,
-)
-from nybble.kernels.triton.expert_grouped import (
-    ExpertGroupedLaunch,
-    expert_grouped_launch,
-    grouped_down,
-    grouped_gate_up,
-    most_block_m,
-)
+from nybble.kernels.triton.expert_decode import MAX_TOKENS, expert_down, expert_gate_up
+from nybble.kernels.triton.expert_grouped import grouped_down, grouped_gate_up, most_block_m
 from nybble.kernels.triton.expert_schedule import expert_block_m, expert_schedule, expert_schedule_launch
-from nybble.kernels.triton.fp4_linear import Fp4LinearLaunch, fp4_linear, fp4_linear_launch
+from nybble.kernels.triton.fp4_linear import fp4_linear
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
-from nybble.kernels.triton.fp8_linear import Fp8LinearLaunch, fp8_linear, fp8_linear_launch
+from nybble.kernels.triton.fp8_linear import fp8_linear
 from nybble.kernels.triton.fp8_matrix import Fp8Matrix
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.launch_table import bucket
 from nybble.kernels.triton.matmul import NATIVE_TOKENS
-
-# What a launch table may hold.
-TUNABLE_OPS: dict[str, type] = {
-    "fp4_linear": Fp4LinearLaunch,
-    "fp8_linear": Fp8LinearLaunch,
-    "expert_gate_up": ExpertDecodeLaunch,
-    "expert_down": ExpertDecodeLaunch,
-    "grouped_gate_up": ExpertGroupedLaunch,
-    "grouped_down": ExpertGroupedLaunch,
-}
 
 
 @dataclass(frozen=True)
@@ -71,10 +49,10 @@ def _linear(case: BenchCase, model: ModelShape, inputs: BenchInputs) -> Iterator
     matrix = inputs.load(case.format, *model.shard(case.tp).matrix(case.op)).matrix
     x = inputs.activations(case.tokens, matrix)
     shape = _shape(case.tokens, matrix.num_rows, matrix.width)
-    numbers = case.tokens, matrix.num_rows, matrix.width, inputs.arch
+    choice = LaunchChoice(inputs.arch)
     dtype = torch.float32 if case.op == "head" else inputs.dtype
     if isinstance(matrix, Fp8Matrix):
-        fp8_default = fp8_linear_launch(*numbers)
+        fp8_default = choice.fp8_linear(case.tokens, matrix)
         yield Tunable(
             "fp8_linear",
             case.format,
@@ -83,7 +61,7 @@ def _linear(case: BenchCase, model: ModelShape, inputs: BenchInputs) -> Iterator
             lambda launch: fp8_linear(x, matrix, dtype, launch=launch),
         )
     elif isinstance(matrix, Fp4Matrix) and (inputs.arch < 100 or case.tokens < NATIVE_TOKENS):
-        default = fp4_linear_launch(*numbers)
+        default = choice.fp4_linear(case.tokens, matrix)
         yield Tunable(
             "fp4_linear",
             case.format,
@@ -99,8 +77,9 @@ def _decoding_experts(case: BenchCase, shard: ModelShape, inputs: BenchInputs) -
     x = inputs.activations(case.tokens, gate_up)
     between = inputs.operand_dtype
     pairs = ids.numel()
-    first = expert_gate_up_launch(pairs, gate_up.width, gate_up.num_rows // 2, inputs.arch)
-    second = expert_down_launch(case.tokens, shard.top_k, down.num_rows, inputs.arch)
+    choice = LaunchChoice(inputs.arch)
+    first = choice.expert_gate_up(case.tokens, pairs, gate_up)
+    second = choice.expert_down(case.tokens, shard.top_k, down)
     activated = inputs.normal(case.tokens, shard.top_k, down.width, dtype=between)
     yield Tunable(
         "expert_gate_up",
@@ -131,14 +110,14 @@ def _grouped_experts(case: BenchCase, shard: ModelShape, inputs: BenchInputs) ->
         "grouped_gate_up",
         case.format,
         {"block_m": block_m, "rows": gate_up.num_rows, "width": gate_up.width},
-        expert_grouped_launch(block_m, gate_up.num_rows, inputs.arch),
+        LaunchChoice(inputs.arch).grouped_gate_up(block_m, gate_up),
         lambda launch: grouped_gate_up(x, schedule, shard.top_k, gate_up, between, launch=launch),
     )
     yield Tunable(
         "grouped_down",
         case.format,
         {"block_m": block_m, "rows": down.num_rows, "width": down.width},
-        expert_grouped_launch(block_m, down.num_rows, inputs.arch),
+        LaunchChoice(inputs.arch).grouped_down(block_m, down),
         lambda launch: grouped_down(activated, schedule, weights, down, launch=launch),
     )
 

@@ -7,6 +7,7 @@ tensor counts as lying at its storage offset from an aligned address, as allocat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nybble.kernels.compiled.packed_operands import scattered_operands
 from nybble.kernels.compiled.sass import Resources, disassemble, parse_resources
 from nybble.kernels.triton.launch import KernelLaunch
 
@@ -38,15 +40,16 @@ def compile_launch(launch: KernelLaunch, arch: int) -> CompiledKernel:
 
 
 def launch_resources(launch: KernelLaunch, arch: int) -> Resources:
-    """What the kernel of `launch` takes, and what its loops are made of."""
+    """What the kernel of `launch` takes, what its loops are made of, and whether it is compiled as meant."""
     compiled = compile_launch(launch, arch)
     metadata = compiled.metadata
-    return parse_resources(
+    resources = parse_resources(
         _listing(compiled),
         num_warps=metadata.num_warps,
         shared_bytes=metadata.shared,
         tensor_memory=metadata.tmem_size,
     )
+    return replace(resources, scattered_operands=tuple(scattered_operands(compiled.asm["ttgir"])))
 
 
 def _listing(compiled: CompiledKernel) -> str:

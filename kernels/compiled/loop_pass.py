@@ -14,7 +14,9 @@ from torch import Tensor
 
 from nybble.kernels.triton.launch import KernelLaunch
 
-_STEP = 128  # columns that a warp's loop over FP4 or FP8 weights takes at a time
+# Columns that a warp's loop takes at a time.
+_FP4_STEP = 256
+_FP8_STEP = 128
 _OPERAND_BYTES = 2
 
 Options = Mapping[str, Any]
@@ -54,8 +56,8 @@ def argument(launch: KernelLaunch, name: str) -> Any:
 
 
 def _fp4_pass(options: Options, rows: int) -> LoopPass:
-    items = rows * _STEP
-    activations = options["TOKENS"] * _STEP * _OPERAND_BYTES
+    items = rows * _FP4_STEP
+    activations = options["TOKENS"] * _FP4_STEP * _OPERAND_BYTES
     loaded = items // 2 + items // options["BLOCK_SIZE"] + activations
     return LoopPass(options["SPLITS"] * items, options["SPLITS"] * loaded)
 
@@ -69,8 +71,8 @@ def _native_pass(options: Options) -> LoopPass:
 
 
 def _fp8_pass(options: Options) -> LoopPass:
-    items = options["ROWS"] * _STEP
-    loaded = items + options["TOKENS"] * _STEP * _OPERAND_BYTES
+    items = options["ROWS"] * _FP8_STEP
+    loaded = items + options["TOKENS"] * _FP8_STEP * _OPERAND_BYTES
     return LoopPass(options["SPLITS"] * items, options["SPLITS"] * loaded)
 
 

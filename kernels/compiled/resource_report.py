@@ -76,6 +76,7 @@ class KernelReport:
     num_warps: int
     tensor_memory: int
     instructions: int
+    scattered_operands: tuple[str, ...]
     hot_loop: LoopReport | None
     limits: LoopLimits | None
 
@@ -138,6 +139,7 @@ def _report(resources: Resources, limits: LoopLimits | None) -> KernelReport:
         num_warps=resources.num_warps,
         tensor_memory=resources.tensor_memory,
         instructions=resources.instructions,
+        scattered_operands=resources.scattered_operands,
         hot_loop=None if loop is None else _report_loop(loop, resources.threads, limits),
         limits=limits,
     )

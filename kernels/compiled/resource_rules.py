@@ -1,9 +1,10 @@
 """The rules that compiled kernels must keep.
 
-What must always hold: no spill, no narrow load from shared memory in a hot loop, no more shared memory than
-a block can have; where a case says so, a matrix instruction in the hot loop and at most so many instructions
-for each item of work. Against the golden file: the same kernels, and at most 10 % more registers. The other
-numbers of that file are there to be read in a diff.
+What must always hold: no spill, no inline assembly that computes wrong numbers (`packed_operands`), no narrow
+load from shared memory in a hot loop, no more shared memory than a block can have; where a case says so, a
+matrix instruction in the hot loop and at most so many instructions for each item of work. Against the golden
+file: the same kernels, and at most 10 % more registers. The other numbers of that file are there to be read
+in a diff.
 
 Another Triton makes other code, so against a golden file of another version only what must always hold is
 checked, and the result says so.
@@ -59,6 +60,8 @@ def _broken_rules(kernel: KernelReport, arch: int) -> Iterator[str]:
         yield f"spills {kernel.stack_bytes} bytes of each thread"
     if kernel.shared_bytes > _MAX_SHARED_BYTES[arch]:
         yield f"{kernel.shared_bytes} bytes of shared memory, a block has {_MAX_SHARED_BYTES[arch]}"
+    for operand in kernel.scattered_operands:
+        yield f"inline assembly takes elements that are no neighbours and computes wrong numbers: {operand}"
     if kernel.hot_loop is not None:
         yield from _broken_loop_rules(kernel.hot_loop, kernel.limits)
     elif kernel.limits is not None:

@@ -110,6 +110,7 @@ class Resources:
     loops: in the order of the code
     hot_loop: of the innermost loops the one with the most matrix instructions; if none has any, the longest
         that loads (a spin on a barrier does not); if none does, the longest
+    scattered_operands: of inline assembly, see `packed_operands`
     """
 
     registers: int
@@ -121,6 +122,7 @@ class Resources:
     kernel: InstructionMix
     loops: tuple[InstructionMix, ...]
     hot_loop: InstructionMix | None
+    scattered_operands: tuple[str, ...] = ()
 
     @property
     def threads(self) -> int:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.kernels.triton import activation_order
-from nybble.kernels.triton.fp4 import narrow, split_product
+from nybble.kernels.triton.fp4 import is_roomy, narrow, num_splits, scale_offset, split_product
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.launch import launch as start
 from nybble.kernels.triton.stored_order import stored_at
@@ -41,17 +41,16 @@ class ExpertDecodeLaunch:
 
 def expert_gate_up_launch(num_pairs: int, width: int, intermediate: int, arch: int) -> ExpertDecodeLaunch:
     """For num_pairs pairs of tokens [width] with experts of `intermediate` neurons."""
-    splits = 4 if width >= 512 else 2
-    # Twice the rows cost fewer instructions a weight; half of them fill a chip of about 140 multiprocessors.
-    block_rows = 32 if num_pairs * intermediate >= 32 * 140 * 2 else 16
+    splits = num_splits(width, 4)
+    # Half of the rows fill a chip of about 140 multiprocessors.
+    block_rows = 32 if is_roomy(arch) and num_pairs * intermediate >= 32 * 140 * 2 else 16
     return ExpertDecodeLaunch(block_rows, splits, 3)
 
 
 def expert_down_launch(num_tokens: int, top_k: int, num_rows: int, arch: int) -> ExpertDecodeLaunch:
     """For num_tokens rows of `num_rows` outputs, each of top_k experts."""
-    block_rows = 64 if num_tokens * num_rows >= 64 * 140 * 2 else 32
     # A second warp without an expert still takes half of the shared one's rows.
-    return ExpertDecodeLaunch(block_rows, max(2, triton.next_power_of_2(top_k)), 2)
+    return ExpertDecodeLaunch(32, max(2, triton.next_power_of_2(top_k)), 2)
 
 
 def expert_gate_up(
@@ -91,7 +90,7 @@ def expert_gate_up(
         TOKENS=_TOKENS,
         BLOCK_SIZE=gate_up.block_size,
         FLOAT16=gate_up.is_float16,
-        EVEN=gate_up.width % (128 * launch.splits) == 0,
+        EVEN=gate_up.width % (256 * launch.splits) == 0,
         num_warps=launch.splits,
         num_stages=launch.num_stages,
     )  # fmt: skip
@@ -131,10 +130,9 @@ def expert_down(
         TOKENS=_TOKENS,
         BLOCK_SIZE=down.block_size,
         FLOAT16=down.is_float16,
-        EVEN=down.width % 128 == 0,
-        EVEN_SHARED=down.width % (64 * launch.splits) == 0,
-        # Left alone, ptxas spills a few registers so as to fit more programs.
-        maxnreg=168,
+        EVEN=down.width % 256 == 0,
+        EVEN_SHARED=down.width % (128 * launch.splits) == 0,
+        maxnreg=168,  # left alone, ptxas spills a few registers so as to fit more programs
         num_warps=launch.splits,
         num_stages=launch.num_stages,
     )  # fmt: skip
@@ -160,21 +158,18 @@ def _gate_up_kernel(
         code_ptr += expert.to(tl.int64) * expert_code_stride
         scale_ptr += expert.to(tl.int64) * expert_scale_stride
         row_scale_ptr += expert * 2 * intermediate
-    WORDS: tl.constexpr = 512 // BLOCK_SIZE
     # The rows of gate, then the same of up; beyond the last, that one again.
     part = tl.arange(0, 2 * ROWS) // ROWS
     neuron = tl.program_id(0) * ROWS + tl.arange(0, 2 * ROWS) % ROWS
     row = tl.minimum(neuron, intermediate - 1) + part * intermediate
-    part_16 = tl.arange(0, ROWS // 8) // (ROWS // 16)
-    neuron_16 = tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 8) % (ROWS // 16)
-    row_16 = tl.minimum(neuron_16, intermediate // 16 - 1) + part_16 * (intermediate // 16)
+    WORDS: tl.constexpr = 1024 // BLOCK_SIZE
     split = tl.arange(0, SPLITS)[:, None, None]
     is_token = tl.arange(0, TOKENS)[None, None, :] == 0
     sums = split_product(
-        x_ptr + token * x_stride, split * 128 + tl.zeros((1, 1, TOKENS), tl.int32), is_token,
-        code_ptr, split * 32 + row[None, :, None] * code_stride,
-        scale_ptr, split * WORDS + row_16[None, :, None] * scale_stride,
-        split * 128, SPLITS * 128, width, SPLITS, 2 * ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+        x_ptr + token * x_stride, split * 256 + tl.zeros((1, 1, TOKENS), tl.int32), is_token,
+        code_ptr, split * 64 + row[None, :, None] * code_stride,
+        scale_ptr, split * WORDS + scale_offset(row, scale_stride, BLOCK_SIZE)[None, :, None],
+        split * 256, SPLITS * 256, width, SPLITS, 2 * ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
     )  # fmt: skip
     # The other tokens' columns are zero.
     products = tl.sum(tl.sum(sums, 0), 1) * tl.load(row_scale_ptr + row)
@@ -196,11 +191,8 @@ def _down_kernel(
     tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
-    WORDS: tl.constexpr = 512 // BLOCK_SIZE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, num_rows - 1)
-    read_16 = tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16)
-    read_16 = tl.minimum(read_16, (num_rows - 1) // 16)
     split = tl.arange(0, SPLITS)
     expert = tl.load(id_ptr + token * TOP_K + split, mask=split < TOP_K, other=-1) - first_expert
     is_held = (split < TOP_K) & (expert >= 0) & (expert < num_experts)
@@ -213,8 +205,8 @@ def _down_kernel(
     sums = split_product(
         x_ptr, split[:, None, None] * slot_stride + tl.zeros((1, 1, TOKENS), tl.int32), is_token,
         code_ptr, code_at + (read * code_stride)[None, :, None],
-        scale_ptr, scale_at + (read_16 * scale_stride)[None, :, None],
-        tl.zeros((SPLITS, 1, 1), tl.int32), 128, width,
+        scale_ptr, scale_at + scale_offset(read, scale_stride, BLOCK_SIZE)[None, :, None],
+        tl.zeros((SPLITS, 1, 1), tl.int32), 256, width,
         SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
     )  # fmt: skip
     weight = tl.load(weight_ptr + token * TOP_K + split, mask=is_held, other=0.0)
@@ -223,17 +215,17 @@ def _down_kernel(
     if HAS_SHARED:
         # Half of the warps take the first half of the rows, and each half shares the columns.
         HALF: tl.constexpr = ROWS // 2
-        first = (split % (SPLITS // 2))[:, None, None] * 128
+        first = (split % (SPLITS // 2))[:, None, None] * 256
         half = (split // (SPLITS // 2))[:, None]
         row = tl.program_id(0) * ROWS + half * HALF + tl.arange(0, HALF)[None, :]
-        row_16 = tl.program_id(0) * (ROWS // 16) + half * (HALF // 16) + tl.arange(0, HALF // 16)[None, :]
+        row = tl.minimum(row, num_rows - 1)
         sums = split_product(
             x_ptr + TOP_K * slot_stride, first + tl.zeros((1, 1, TOKENS), tl.int32),
             tl.arange(0, TOKENS)[None, None, :] == 0,
-            shared_code_ptr, first // 4 + (tl.minimum(row, num_rows - 1) * code_stride)[:, :, None],
+            shared_code_ptr, first // 4 + (row * code_stride)[:, :, None],
             shared_scale_ptr,
-            first // 128 * WORDS + (tl.minimum(row_16, (num_rows - 1) // 16) * scale_stride)[:, :, None],
-            first, SPLITS * 64, width, SPLITS, HALF, TOKENS, BLOCK_SIZE, FLOAT16, EVEN_SHARED,
+            first // 16 * (64 // BLOCK_SIZE) + scale_offset(row, scale_stride, BLOCK_SIZE)[:, :, None],
+            first, SPLITS * 128, width, SPLITS, HALF, TOKENS, BLOCK_SIZE, FLOAT16, EVEN_SHARED,
         )  # fmt: skip
         halves = tl.sum(tl.sum(sums, 2).reshape(2, SPLITS // 2, HALF), 1)
         total += halves.reshape(ROWS) * tl.load(shared_row_scale_ptr + read)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nybble.kernels.triton import activation_order
 from nybble.kernels.triton.expert_schedule import ExpertSchedule
-from nybble.kernels.triton.fp4 import narrow, product
+from nybble.kernels.triton.fp4 import is_roomy, narrow, num_splits, product, scale_offset
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.launch import launch as start
 from nybble.kernels.triton.stored_order import stored_at
@@ -31,11 +31,12 @@ from nybble.kernels.triton.stored_order import stored_at
 class ExpertGroupedLaunch:
     """block_rows: rows of the expert's matrix a program; of gate_up half are gate's and half up's.
 
-    splits: warps that share the columns, 1 if none do.
+    splits: warps that share the columns, 1 if none do; is_joined: see `fp4`, for instructions of four warps.
     """
 
     block_rows: int
     splits: int
+    is_joined: bool
     num_warps: int
     num_stages: int
 
@@ -45,13 +46,18 @@ def most_block_m(arch: int) -> int:
     return 64 if arch == 90 else 16 if arch == 100 else 32
 
 
-def expert_grouped_launch(block_m: int, num_rows: int, arch: int) -> ExpertGroupedLaunch:
-    """For tiles of block_m tokens by experts of num_rows rows, on compute capability arch / 10."""
-    if arch == 100:  # what takes its own matrix instructions, whose operands this unpacking does not suit
-        return ExpertGroupedLaunch(64, 4, 4, 3)
+def expert_grouped_launch(block_m: int, num_rows: int, width: int, arch: int) -> ExpertGroupedLaunch:
+    """For tiles of block_m tokens by experts of num_rows rows and `width` columns, on compute capability
+    arch / 10."""
+    if block_m <= 16 or arch == 100:  # sm_100 has its own matrix instructions for more
+        splits = num_splits(width, 4)
+        block_rows = 64 if splits == 2 or is_roomy(arch) else 32
+        return ExpertGroupedLaunch(block_rows, splits, False, splits, 3)
     if num_rows < 1024:
-        return ExpertGroupedLaunch(64, 1, 4, 3)
-    return ExpertGroupedLaunch(256, 1, 4 if block_m <= 16 else 8, 3)
+        return ExpertGroupedLaunch(64, 1, arch == 90, 4, 3)
+    if arch == 120:  # which has less shared memory
+        return ExpertGroupedLaunch(128, 1, False, 4, 3)
+    return ExpertGroupedLaunch(256, 1, arch == 90, 8, 3)
 
 
 def grouped_gate_up(
@@ -129,7 +135,8 @@ def _constants(weight: Fp4Matrix, schedule: ExpertSchedule, launch: ExpertGroupe
         "TOKENS": schedule.block_m,
         "BLOCK_SIZE": weight.block_size,
         "FLOAT16": weight.is_float16,
-        "EVEN": weight.width % (128 * launch.splits) == 0,
+        "JOINED": launch.is_joined,
+        "EVEN": weight.width % (256 * launch.splits) == 0,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -141,7 +148,7 @@ def _grouped_gate_up_kernel(
     expert_code_stride, expert_scale_stride, code_stride, scale_stride, width,
     num_pairs, intermediate, padded, x_stride,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
     if tile >= tl.load(count_ptr):
@@ -151,14 +158,12 @@ def _grouped_gate_up_kernel(
     HALF: tl.constexpr = ROWS // 2
     part = tl.arange(0, ROWS) // HALF
     row = tl.minimum(block * HALF + tl.arange(0, ROWS) % HALF, intermediate - 1) + part * intermediate
-    part_16 = tl.arange(0, ROWS // 16) // (HALF // 16)
-    row_16 = block * (HALF // 16) + tl.arange(0, ROWS // 16) % (HALF // 16)
-    row_16 = tl.minimum(row_16, intermediate // 16 - 1) + part_16 * (intermediate // 16)
     sums = product(
         x_ptr, (pair // TOP_K * x_stride)[None, :], (pair < num_pairs)[None, :],
         code_ptr + expert.to(tl.int64) * expert_code_stride, row[:, None] * code_stride,
-        scale_ptr + expert.to(tl.int64) * expert_scale_stride, row_16[:, None] * scale_stride,
-        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+        scale_ptr + expert.to(tl.int64) * expert_scale_stride,
+        scale_offset(row, scale_stride, BLOCK_SIZE)[:, None],
+        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, JOINED, EVEN,
     )  # fmt: skip
     products = sums * tl.load(row_scale_ptr + expert * 2 * intermediate + row)[:, None]
     gate, up = tl.split(products.reshape(2, HALF, TOKENS).permute(1, 2, 0))
@@ -175,7 +180,7 @@ def _grouped_down_kernel(
     expert_code_stride, expert_scale_stride, code_stride, scale_stride, width,
     num_pairs, num_rows, x_stride,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
     if tile >= tl.load(count_ptr):
@@ -184,12 +189,12 @@ def _grouped_down_kernel(
     pair = tl.load(slot_ptr + tile * TOKENS + tl.arange(0, TOKENS))
     row = block * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, num_rows - 1)
-    read_16 = tl.minimum(block * (ROWS // 16) + tl.arange(0, ROWS // 16), (num_rows - 1) // 16)
     sums = product(
         x_ptr, (pair.to(tl.int64) * x_stride)[None, :], (pair < num_pairs)[None, :],
         code_ptr + expert.to(tl.int64) * expert_code_stride, read[:, None] * code_stride,
-        scale_ptr + expert.to(tl.int64) * expert_scale_stride, read_16[:, None] * scale_stride,
-        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+        scale_ptr + expert.to(tl.int64) * expert_scale_stride,
+        scale_offset(read, scale_stride, BLOCK_SIZE)[:, None],
+        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, JOINED, EVEN,
     )  # fmt: skip
     weight = tl.load(weight_ptr + pair, mask=pair < num_pairs, other=0.0)
     row_scale = tl.load(row_scale_ptr + expert * num_rows + read)

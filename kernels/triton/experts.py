@@ -18,12 +18,9 @@ from nybble.kernels.triton.combine import combine_experts, combine_launch
 from nybble.kernels.triton.expert_decode import (
     MAX_TOKENS,
     expert_down,
-    expert_down_launch,
     expert_gate_up,
-    expert_gate_up_launch,
 )
 from nybble.kernels.triton.expert_grouped import (
-    expert_grouped_launch,
     grouped_down,
     grouped_gate_up,
     most_block_m,
@@ -36,7 +33,7 @@ from nybble.kernels.triton.expert_schedule import (
 )
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.fp8_matrix import Fp8Matrix
-from nybble.kernels.triton.launch_policy import ADAPTIVE, LaunchPolicy
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.matmul import NATIVE_TOKENS, Matrix, PlainMatrix, linear, operand_dtype
 from nybble.kernels.triton.native_fp4 import (
     activation_format,
@@ -46,45 +43,38 @@ from nybble.kernels.triton.native_fp4 import (
 )
 
 
-def mlp(
-    x: Tensor, weights: MlpWeights[Matrix], dtype: torch.dtype, arch: int, policy: LaunchPolicy = ADAPTIVE
-) -> Tensor:
+def mlp(x: Tensor, weights: MlpWeights[Matrix], dtype: torch.dtype, choice: LaunchChoice) -> Tensor:
     """`dtype` [T, H]: down(silu(gate(x)) * up(x)) of x [T, H'], in fragment order."""
     between = operand_dtype(weights.down, dtype)
-    gate_up = linear(x, weights.gate_up, dtype, arch, policy)
-    launch = silu_mul_launch(policy.tokens(len(x)), weights.down.width, arch)
+    gate_up = linear(x, weights.gate_up, dtype, choice)
+    launch = silu_mul_launch(choice.tokens(len(x)), weights.down.width, choice.arch)
     activated = silu_mul(
         gate_up, fragment_order=True, padded_width=weights.down.width, dtype=between, launch=launch
     )
-    return linear(activated, weights.down, dtype, arch, policy)
+    return linear(activated, weights.down, dtype, choice)
 
 
 def moe_experts(
-    x: Tensor,
-    routing: Routing,
-    weights: MoeWeights[Matrix],
-    dtype: torch.dtype,
-    arch: int,
-    policy: LaunchPolicy = ADAPTIVE,
+    x: Tensor, routing: Routing, weights: MoeWeights[Matrix], dtype: torch.dtype, choice: LaunchChoice
 ) -> Tensor:
     """`dtype` [T, H]: routed and shared experts of x [T, H'], the norm of the hidden states in fragment
     order."""
     gate_up, down, shared = weights.experts.gate_up, weights.experts.down, weights.shared_expert
     if not isinstance(gate_up, Fp4Matrix) or not isinstance(down, Fp4Matrix):
-        routed = _plain_experts(x, routing, weights, policy.arithmetic)
-        return (routed + mlp(x, shared, torch.float32, arch, policy)).to(dtype)
+        routed = _plain_experts(x, routing, weights, choice.policy.arithmetic)
+        return (routed + mlp(x, shared, torch.float32, choice)).to(dtype)
     num_experts = len(weights.router.bias)
-    num_tokens = policy.tokens(len(x))
+    num_tokens = choice.tokens(len(x))
     held = gate_up, down, weights.first_expert
-    batch = _Batch(x, routing, *held, num_experts, num_tokens, dtype, arch)
+    batch = _Batch(x, routing, *held, num_experts, num_tokens, dtype, choice)
     if num_tokens > MAX_TOKENS:
         partials = batch.native() if batch.can_be_native else batch.grouped()
-        launch = combine_launch(num_tokens, down.num_rows, arch)
-        extra = mlp(x, shared, dtype, arch, policy)
+        launch = combine_launch(num_tokens, down.num_rows, choice.arch)
+        extra = mlp(x, shared, dtype, choice)
         return combine_experts(partials, None, extra, dtype=dtype, launch=launch)
     if _is_alike(shared.gate_up, gate_up) and _is_alike(shared.down, down):
         return batch.decode(shared)
-    return batch.decode(None) + mlp(x, shared, dtype, arch, policy)
+    return batch.decode(None) + mlp(x, shared, dtype, choice)
 
 
 def _is_alike(matrix: Matrix, stack: Fp4Matrix) -> bool:
@@ -130,7 +120,7 @@ class _Batch:
     num_experts: int
     num_tokens: int
     dtype: torch.dtype
-    arch: int
+    choice: LaunchChoice
 
     @property
     def between(self) -> torch.dtype:
@@ -138,7 +128,7 @@ class _Batch:
 
     @property
     def activation_format(self) -> Format | None:
-        return activation_format(self.down.block_size, self.down.width, self.arch)
+        return activation_format(self.down.block_size, self.down.width, self.choice.arch)
 
     @property
     def can_be_native(self) -> bool:
@@ -151,27 +141,27 @@ class _Batch:
         assert not isinstance(shared_gate_up, Fp8Matrix | PlainMatrix)
         assert not isinstance(shared_down, Fp8Matrix | PlainMatrix)
         num_pairs = num_tokens * (top_k + (shared is not None))
-        launch = expert_gate_up_launch(num_pairs, self.gate_up.width, self.gate_up.num_rows // 2, self.arch)
+        launch = self.choice.expert_gate_up(num_tokens, num_pairs, self.gate_up)
         held = self.gate_up, shared_gate_up, self.first_expert
         activated = expert_gate_up(self.x, ids, *held, self.between, launch=launch)
-        launch = expert_down_launch(num_tokens, top_k, self.down.num_rows, self.arch)
+        launch = self.choice.expert_down(num_tokens, top_k, self.down)
         held = self.down, shared_down, self.first_expert
         return expert_down(activated, ids, self.routing.weights, *held, self.dtype, launch=launch)
 
     def grouped(self) -> Tensor:
         """float32 [T, top_k, H]: each pair's part of the sum."""
-        schedule = self._schedule(min(self._wanted_block_m(), most_block_m(self.arch)))
-        launch = expert_grouped_launch(schedule.block_m, self.gate_up.num_rows, self.arch)
+        schedule = self._schedule(min(self._wanted_block_m(), most_block_m(self.choice.arch)))
+        launch = self.choice.grouped_gate_up(schedule.block_m, self.gate_up)
         top_k = self.routing.ids.shape[1]
         activated = grouped_gate_up(self.x, schedule, top_k, self.gate_up, self.between, launch=launch)
-        launch = expert_grouped_launch(schedule.block_m, self.down.num_rows, self.arch)
+        launch = self.choice.grouped_down(schedule.block_m, self.down)
         return grouped_down(activated, schedule, self.routing.weights, self.down, launch=launch)
 
     def native(self) -> Tensor:
         """As `grouped`, with quantized activations."""
         format, block_size = self.activation_format, self.down.block_size
         assert format is not None
-        launch = native_fp4_launch(self._wanted_block_m(), block_size, self.arch)
+        launch = native_fp4_launch(self._wanted_block_m(), block_size, self.choice.arch)
         schedule, top_k = self._schedule(launch.block_tokens), self.routing.ids.shape[1]
         codes = self._quantized(self.x, format, is_fragment_order=True)
         activated = native_gate_up(codes, schedule, top_k, self.gate_up, self.dtype, launch=launch)
@@ -179,7 +169,7 @@ class _Batch:
         return native_down(codes, schedule, self.routing.weights, self.down, launch=launch)
 
     def _quantized(self, x: Tensor, format: Format, is_fragment_order: bool) -> QuantizedTensor:
-        launch = quantization_launch(x.shape[1], self.arch)
+        launch = quantization_launch(x.shape[1], self.choice.arch)
         return quantize_activations(x, format, fragment_order=is_fragment_order, launch=launch)
 
     def _wanted_block_m(self) -> int:
@@ -187,6 +177,6 @@ class _Batch:
 
     def _schedule(self, block_m: int) -> ExpertSchedule:
         ids, num_held = self.routing.ids, self.gate_up.shape[0]
-        launch = expert_schedule_launch(ids.numel(), self.arch)
+        launch = expert_schedule_launch(ids.numel(), self.choice.arch)
         schedule = expert_schedule(ids, self.first_expert, num_held, block_m, launch=launch)
         return replace(schedule, is_partial=num_held < self.num_experts)

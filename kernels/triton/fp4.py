@@ -1,8 +1,12 @@
 """FP4 weights inside kernels: from the words of `fp4_matrix` to 16-bit operands of matrix instructions.
 
-A tile [R, 128] of weights is unpacked to columns in the order of `activation_order`, so that neither codes
-nor products change threads: in SASS it goes from shared memory (LDS.64) through shifts, masks and one
-multiplication per two weights straight into the matrix instruction.
+Each 32-bit word of codes becomes four pairs of weights, by shifts, masks and one multiplication for each pair
+(or a conversion and a multiplication). Neither codes nor products change threads: in SASS they go from shared
+memory (LDS.64) straight into the matrix instruction. So pair q of all words is an operand of its own, 16
+columns wide, of columns 8q .. 8q + 7 and 32 + 8q .. 32 + 8q + 7 of every 64 in the order of
+`activation_order`. Instructions that all warps wait for together (wgmma, tcgen05) rather take the four as one
+operand of 64 columns. Elsewhere such joining is harmful: Triton 3.6 and 3.7 then choose an operand layout in
+which the elements that one inline assembly takes are no neighbours, and the weights come out wrong.
 
 Weights are the left operand and tokens the right one, of which matrix instructions take as few as 8.
 """
@@ -12,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One word of eight codes, in the bit order of `fp4_matrix`, and two equal bfloat16 scales: four pairs of
-# products. The addend -0.0 makes a multiplication of the fused one that all architectures have.
+# One word of eight codes, in the bit order of `fp4_matrix`, and two equal bfloat16 scales to four pairs of
+# products. Scales come for each four codes, so there is a second, equal operand $6. The addend -0.0 makes a
+# multiplication of the fused one that all architectures have.
 UNPACK_TO_BFLOAT16 = tl.constexpr("""{
     .reg .b32 code<4>, part<3>, none;
     and.b32 code0, $4, 0x81C081C0;
@@ -34,7 +39,7 @@ UNPACK_TO_BFLOAT16 = tl.constexpr("""{
     fma.rn.bf16x2 $3, code3, $5, none;
 }""")
 
-# One word of eight codes in natural order and two equal float16 scales.
+# One word of eight codes in natural order and two equal float16 scales, likewise.
 UNPACK_TO_FLOAT16 = tl.constexpr("""{
     .reg .b8 pair<4>;
     .reg .b32 code<4>;
@@ -50,14 +55,28 @@ UNPACK_TO_FLOAT16 = tl.constexpr("""{
 }""")
 
 
+def num_splits(width: int, most: int) -> int:
+    """How many warps should share `width` columns: so many, a power of two, that all have the same work."""
+    while most > 2 and width % (256 * most):
+        most //= 2
+    return most
+
+
+def is_roomy(arch: int) -> bool:
+    """Whether a multiprocessor has shared memory (227 KiB) for two programs of 64 rows by 1024 columns, which
+    cost fewer instructions for a weight than those of 32 rows."""
+    return arch in (90, 100)
+
+
 @triton.jit
-def unpack_weights(codes, scale_words, R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr):
-    """16-bit floats [R, 128] of codes uint16 [R, 32] and scale_words int32 [R / 16, 512 / BLOCK_SIZE]."""
-    scales = _expand_scales(scale_words, R, BLOCK_SIZE, FLOAT16)  # [R, 32]
+def unpack_weights(codes, scale_bytes, R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr):
+    """Four operands [R, 16], 16-bit floats, of 64 columns: codes uint16 [R, 16], scale_bytes int32
+    [R, 64 / BLOCK_SIZE]. Operand q has the columns `quarter(q)`."""
+    scales = _expand_scales(scale_bytes, R, BLOCK_SIZE, FLOAT16)
     if FLOAT16:
         pairs = tl.inline_asm_elementwise(
             UNPACK_TO_FLOAT16,
-            "=r,=r,=r,=r,r,r",
+            "=r,=r,=r,=r,r,r,r",
             [codes, scales],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
@@ -66,77 +85,88 @@ def unpack_weights(codes, scale_words, R: tl.constexpr, BLOCK_SIZE: tl.constexpr
     else:
         pairs = tl.inline_asm_elementwise(
             UNPACK_TO_BFLOAT16,
-            "=r,=r,=r,=r,r,r",
+            "=r,=r,=r,=r,r,r,r",
             [codes, scales],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
             is_pure=True,
             pack=2,
         )
-    weights = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
-    # [R, block of 64, t, word, j, q] -> [R, block of 64, word, q, t, j]
-    return weights.reshape(R, 2, 4, 2, 2, 4).permute(0, 1, 3, 5, 2, 4).reshape(R, 128)
+    return _in_order(pairs[0], R), _in_order(pairs[1], R), _in_order(pairs[2], R), _in_order(pairs[3], R)
 
 
 @triton.jit
-def _expand_scales(words, R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr):
-    """The scale of each four codes, 16-bit floats [R, 32], of words int32 [R / 16, 512 / BLOCK_SIZE]."""
+def quarter(q: tl.constexpr):
+    """int32 [16]: the columns of operand q among 64."""
+    k = tl.arange(0, 16)
+    return (k // 8) * 32 + q * 8 + k % 8
+
+
+@triton.jit
+def scale_offset(row, stride, BLOCK_SIZE: tl.constexpr):
+    """Where the scale words of a row begin: int tensor of any shape, to the same; stride: of 16 rows."""
+    return (row // 16) * stride + (row % 16) * (64 // BLOCK_SIZE)
+
+
+@triton.jit
+def _expand_scales(scale_bytes, R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr):
+    """The 16-bit scale of each four codes, twice in a word: int32 [R, 16] of bytes [R, 64 / BLOCK_SIZE]."""
     SHIFT: tl.constexpr = (7 if FLOAT16 else 4) if BLOCK_SIZE == 16 else (10 if FLOAT16 else 7)
-    MASK: tl.constexpr = (0xFF << SHIFT) & 0x7FFF
-    even = (words << SHIFT) & (MASK | MASK << 16)  # bytes 0 and 2, of the first and second 64 columns
-    odd = (words >> (8 - SHIFT) if SHIFT < 8 else words << (SHIFT - 8)) & (MASK | MASK << 16)
+    BLOCKS: tl.constexpr = 64 // BLOCK_SIZE
+    scales = scale_bytes * (0x10001 << SHIFT)
     if SHIFT == 4:
-        even |= 0x70007000
-        odd |= 0x70007000
-    halves = tl.join(tl.join(_lower(even), _lower(odd)), tl.join(_upper(even), _upper(odd)))
-    THREADS: tl.constexpr = 64 // BLOCK_SIZE
-    # Joining put byte h + 2b at [..., h, b]. [n, g, t, h, b] -> [n, h, g, b, t]
-    scales = halves.reshape(R // 16, 8, THREADS, 2, 2).permute(0, 3, 1, 4, 2)
-    scales = scales.reshape(R, 2, THREADS, 1).broadcast_to(R, 2, THREADS, 16 // THREADS).reshape(R, 32)
-    return scales.to(tl.float16 if FLOAT16 else tl.bfloat16, bitcast=True)
+        scales |= 0x70007000
+    return scales.reshape(R, BLOCKS, 1).broadcast_to(R, BLOCKS, 16 // BLOCKS).reshape(R, 16)
 
 
 @triton.jit
-def _lower(words):
-    return (words & 0xFFFF).to(tl.uint16)
+def _in_order(pairs, R: tl.constexpr):
+    # [R, t, word, j] -> [R, word, t, j]
+    return pairs.reshape(R, 4, 2, 2).permute(0, 2, 1, 3).reshape(R, 16)
 
 
 @triton.jit
-def _upper(words):
-    return (words >> 16 & 0xFFFF).to(tl.uint16)
+def joined(operands, R: tl.constexpr):
+    """[R, 64] of the four of `unpack_weights`."""
+    weights = tl.join(tl.join(operands[0], operands[2]), tl.join(operands[1], operands[3]))
+    # [R, word, t, j, q] -> [R, word, q, t, j]
+    return weights.reshape(R, 2, 4, 2, 4).permute(0, 1, 4, 2, 3).reshape(R, 64)
 
 
 @triton.jit
 def tile_product(
     x_ptr, x_offsets, is_token, code_ptr, code_offsets, scale_ptr, scale_offsets, width,
-    R: tl.constexpr, TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, EVEN:
-    tl.constexpr,
+    R: tl.constexpr, TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr,
+    JOINED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """float32 [R, TOKENS]: R rows of weights times TOKENS rows of activations, over all `width` columns.
 
-    x_offsets [1, TOKENS], code_offsets [R, 1] (in uint16), scale_offsets [R / 16, 1]: where rows begin.
-    is_token [1, TOKENS]: the other activations are zero. EVEN: width is a multiple of 128.
+    x_offsets [1, TOKENS], code_offsets [R, 1] (in uint16), scale_offsets [R, 1]: where rows begin.
+    is_token [1, TOKENS]: the other activations are zero. EVEN: width is a multiple of 256.
     """
-    WORDS: tl.constexpr = 512 // BLOCK_SIZE
-    column = tl.arange(0, 128)[:, None]
-    code = tl.arange(0, 32)[None, :]
-    word = tl.arange(0, WORDS)[None, :]
+    BLOCKS: tl.constexpr = 64 // BLOCK_SIZE
+    column = tl.arange(0, 64)[:, None]
+    code = tl.arange(0, 16)[None, :]
+    word = tl.arange(0, BLOCKS)[None, :]
     total = tl.zeros((R, TOKENS), tl.float32)
-    for start in range(0, width, 128):
-        if EVEN:
-            codes = tl.load(code_ptr + (code_offsets + code))
-            x = tl.load(x_ptr + (x_offsets + column), mask=is_token, other=0.0)
-        else:
-            codes = tl.load(code_ptr + (code_offsets + code), mask=start + (code // 16) * 64 < width, other=0)
-            x = tl.load(
-                x_ptr + (x_offsets + column), mask=is_token & (start + (column // 64) * 64 < width), other=0.0
-            )
+    for start in range(0, width, 256):
+        left = width - start + tl.zeros((1, 1), tl.int32)
         scale_words = tl.load(scale_ptr + (scale_offsets + word))
-        weights = unpack_weights(codes, scale_words, R, BLOCK_SIZE, FLOAT16)
-        weights, x = _operands(weights, x, FLOAT16)
-        total = tl.dot(weights, x, total, input_precision="ieee")
-        x_ptr += 128
-        code_ptr += 32
-        scale_ptr += WORDS
+        for b in tl.static_range(4):
+            codes, is_read = _load_codes(code_ptr, code_offsets + code, is_token, left, b, EVEN)
+            weights = unpack_weights(codes, scale_words >> (8 * b) & 0xFF, R, BLOCK_SIZE, FLOAT16)
+            if JOINED:
+                x = tl.load(x_ptr + 64 * b + (x_offsets + column), mask=is_read, other=0.0)
+                w, x = _operands(joined(weights, R), x, FLOAT16)
+                total = tl.dot(w, x, total, input_precision="ieee")
+            else:
+                for q in tl.static_range(4):
+                    at = x_ptr + 64 * b + (x_offsets + quarter(q)[:, None])
+                    x = tl.load(at, mask=is_read, other=0.0)
+                    w, x = _operands(weights[q], x, FLOAT16)
+                    total = tl.dot(w, x, total, input_precision="ieee")
+        x_ptr += 256
+        code_ptr += 64
+        scale_ptr += 16 * BLOCKS
     return total
 
 
@@ -148,58 +178,70 @@ def split_product(
 ):  # fmt: skip
     """float32 [SPLITS, R, TOKENS]: as `tile_product`, but the warps share the columns, or work on other rows.
 
-    All offsets have a leading axis of SPLITS, as has `first`, [SPLITS, 1, 1]: split s takes the 128 columns
+    All offsets have a leading axis of SPLITS, as has `first`, [SPLITS, 1, 1]: split s takes the 256 columns
     from first[s] on and, while they are below width, every step-th column after; its offsets point at
     first[s]. Where splits begin at the same column they compute different rows. EVEN: each split ends with
-    whole 128 columns. is_token [SPLITS, 1, TOKENS]. A batch of small products is what Triton gives one warp
+    whole 256 columns. is_token [SPLITS, 1, TOKENS]. A batch of small products is what Triton gives one warp
     each: by cutting the long K among warps, a program of few rows keeps many loads in flight.
     """
-    WORDS: tl.constexpr = 512 // BLOCK_SIZE
-    column = tl.arange(0, 128)[None, :, None]
-    code = tl.arange(0, 32)[None, None, :]
-    word = tl.arange(0, WORDS)[None, None, :]
+    BLOCKS: tl.constexpr = 64 // BLOCK_SIZE
+    code = tl.arange(0, 16)[None, None, :]
+    word = tl.arange(0, BLOCKS)[None, None, :]
     total = tl.zeros((SPLITS, R, TOKENS), tl.float32)
     for start in range(0, width, step):
+        left = width - start - first
         if EVEN:
-            codes = tl.load(code_ptr + (code_offsets + code))
-            x = tl.load(x_ptr + (x_offsets + column), mask=is_token, other=0.0)
             scale_words = tl.load(scale_ptr + (scale_offsets + word))
         else:
-            left = width - start - first
-            codes = tl.load(code_ptr + (code_offsets + code), mask=(code // 16) * 64 < left, other=0)
-            x = tl.load(x_ptr + (x_offsets + column), mask=is_token & ((column // 64) * 64 < left), other=0.0)
             scale_words = tl.load(scale_ptr + (scale_offsets + word), mask=left > 0, other=0)
-        weights = unpack_weights(
-            codes.reshape(SPLITS * R, 32), scale_words.reshape(SPLITS * R // 16, WORDS),
-            SPLITS * R, BLOCK_SIZE, FLOAT16,
-        ).reshape(SPLITS, R, 128)  # fmt: skip
-        weights, x = _operands(weights, x, FLOAT16)
-        total = tl.dot(weights, x, total, input_precision="ieee")
+        scale_words = scale_words.reshape(SPLITS * R, BLOCKS)
+        for b in tl.static_range(4):
+            codes, is_read = _load_codes(code_ptr, code_offsets + code, is_token, left, b, EVEN)
+            weights = unpack_weights(
+                codes.reshape(SPLITS * R, 16), scale_words >> (8 * b) & 0xFF,
+                SPLITS * R, BLOCK_SIZE, FLOAT16,
+            )  # fmt: skip
+            for q in tl.static_range(4):
+                at = x_ptr + 64 * b + (x_offsets + quarter(q)[None, :, None])
+                x = tl.load(at, mask=is_read, other=0.0)
+                w, x = _operands(weights[q].reshape(SPLITS, R, 16), x, FLOAT16)
+                total = tl.dot(w, x, total, input_precision="ieee")
         x_ptr += step
         code_ptr += step // 4
-        scale_ptr += step // 128 * WORDS
+        scale_ptr += step // 16 * BLOCKS
     return total
+
+
+@triton.jit
+def _load_codes(pointer, offsets, is_token, left, b: tl.constexpr, EVEN: tl.constexpr):
+    """The b-th 64 columns' codes, and which activations meet them; `left` columns are in the matrix, or all
+    with EVEN."""
+    if EVEN:
+        return tl.load(pointer + 16 * b + offsets), is_token
+    else:
+        is_inside = left > 64 * b
+        return tl.load(pointer + 16 * b + offsets, mask=is_inside, other=0), is_token & is_inside
 
 
 @triton.jit
 def product(
     x_ptr, x_offsets, is_token, code_ptr, code_offsets, scale_ptr, scale_offsets, width,
     SPLITS: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """`tile_product`, or with SPLITS > 1 the same with the columns shared among SPLITS warps."""
     if SPLITS == 1:
         return tile_product(
             x_ptr, x_offsets, is_token, code_ptr, code_offsets, scale_ptr, scale_offsets, width,
-            R, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+            R, TOKENS, BLOCK_SIZE, FLOAT16, JOINED, EVEN,
         )  # fmt: skip
     else:
         split = tl.arange(0, SPLITS)[:, None, None]
         sums = split_product(
-            x_ptr, split * 128 + x_offsets[None, :, :], is_token[None, :, :],
-            code_ptr, split * 32 + code_offsets[None, :, :],
-            scale_ptr, split * (512 // BLOCK_SIZE) + scale_offsets[None, :, :],
-            split * 128, SPLITS * 128, width, SPLITS, R, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+            x_ptr, split * 256 + x_offsets[None, :, :], is_token[None, :, :],
+            code_ptr, split * 64 + code_offsets[None, :, :],
+            scale_ptr, split * (1024 // BLOCK_SIZE) + scale_offsets[None, :, :],
+            split * 256, SPLITS * 256, width, SPLITS, R, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
         )  # fmt: skip
         return tl.sum(sums, 0)
 

@@ -14,19 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.kernels.triton.fp4 import narrow, product
+from nybble.kernels.triton.fp4 import is_roomy, narrow, num_splits, product, scale_offset
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.launch import launch as start
 
 
 @dataclass(frozen=True)
 class Fp4LinearLaunch:
-    """block_rows by block_tokens of the output a program; splits: warps that share the columns, 1 if none
-    do."""
+    """block_rows by block_tokens of the output a program.
+
+    splits: warps that share the columns, 1 if none do; is_joined: see `fp4`, for instructions of four warps.
+    """
 
     block_rows: int
     block_tokens: int
     splits: int
+    is_joined: bool
     num_warps: int
     num_stages: int
 
@@ -34,13 +37,15 @@ class Fp4LinearLaunch:
 def fp4_linear_launch(num_tokens: int, num_rows: int, width: int, arch: int) -> Fp4LinearLaunch:
     """For x [num_tokens, width] and a matrix [num_rows, width] on compute capability arch / 10."""
     if num_tokens <= 16:
-        splits = 4 if width >= 512 else 2
-        block_rows = 64 if num_rows >= 16384 else 32
-        return Fp4LinearLaunch(block_rows, 8 if num_tokens <= 8 else 16, splits, splits, 3)
+        splits = num_splits(width, 4)
+        block_rows = 64 if is_roomy(arch) and num_rows >= 16384 else 32
+        block_tokens = 8 if num_tokens <= 8 else 16
+        num_stages = 2 if arch == 120 and block_tokens == 16 else 3  # as much as fits in shared memory
+        return Fp4LinearLaunch(block_rows, block_tokens, splits, False, splits, num_stages)
     block_tokens = 16 if num_tokens <= 64 else 32 if num_tokens <= 256 or arch == 80 else 64
     if arch == 90 and num_rows >= 4096:
-        return Fp4LinearLaunch(256, block_tokens, 1, 4 if block_tokens == 16 else 8, 3)
-    return Fp4LinearLaunch(128, min(block_tokens, 32), 1, 4, 3)
+        return Fp4LinearLaunch(256, block_tokens, 1, True, 4 if block_tokens == 16 else 8, 3)
+    return Fp4LinearLaunch(128, min(block_tokens, 32), 1, arch in (90, 100), 4, 3)
 
 
 def fp4_linear(x: Tensor, weight: Fp4Matrix, out_dtype: torch.dtype, *, launch: Fp4LinearLaunch) -> Tensor:
@@ -64,7 +69,9 @@ def fp4_linear(x: Tensor, weight: Fp4Matrix, out_dtype: torch.dtype, *, launch: 
         TOKENS=launch.block_tokens,
         BLOCK_SIZE=weight.block_size,
         FLOAT16=weight.is_float16,
-        EVEN=weight.width % (128 * launch.splits) == 0,
+        JOINED=launch.is_joined,
+        EVEN=weight.width % (256 * launch.splits) == 0,
+        maxnreg=255,  # left alone, ptxas spills a few registers so as to fit more programs
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -76,17 +83,16 @@ def _fp4_linear_kernel(
     x_ptr, code_ptr, scale_ptr, row_scale_ptr, y_ptr, num_tokens, num_rows,
     width, x_stride, code_stride, scale_stride,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    row_16 = (tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16))[:, None]
+    read = tl.minimum(row, num_rows - 1)
     # Rows beyond the last compute it again and store nothing.
     sums = product(
         x_ptr, token * x_stride, token < num_tokens,
-        code_ptr, tl.minimum(row, num_rows - 1) * code_stride,
-        scale_ptr, tl.minimum(row_16, (num_rows - 1) // 16) * scale_stride,
-        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, EVEN,
+        code_ptr, read * code_stride, scale_ptr, scale_offset(read, scale_stride, BLOCK_SIZE),
+        width, SPLITS, ROWS, TOKENS, BLOCK_SIZE, FLOAT16, JOINED, EVEN,
     )  # fmt: skip
     row_scale = tl.load(row_scale_ptr + row, mask=row < num_rows, other=0.0)
     y_at = y_ptr + token.to(tl.int64) * num_rows + row

@@ -23,9 +23,9 @@ All products of code and scale are exact in the 16-bit float. r is 0 for bfloat1
 above 2; in float16 it puts the largest scale of the row at 2^9, and scales 2^24 times smaller than that count
 as zero.
 
-A thread that multiplies rows g and g + 8 of 16 by columns 16t .. 16t + 15 of two blocks of 64 needs four
-scales; they are one word: byte h + 2b of word (g, t) belongs to row g + 8h and, of 128 columns, to columns
-64b + 16t .. 64b + 16t + 15. MXFP4, with half as many scales, has words (g, t / 2).
+A thread that multiplies a row by columns 16t .. 16t + 15 of every 64 needs a scale for each: those of four
+times 64 columns are one word. Of 256 columns of 16 rows, which lie together, word (r, t) belongs to row r,
+and its byte b to columns 64b + 16t .. 64b + 16t + 15. MXFP4, with half as many scales, has words (r, t / 2).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Fp4Matrix:
     """A matrix [N, K] or a stack of them [E, N, K].
 
     codes: uint8 [..., N, K' / 2], K' is K padded to a multiple of 64
-    scale_words: int32 [..., N' / 16, ceil(K' / 128), P], N' is N padded to a multiple of 16; P is 32 or 16
+    scale_words: int32 [..., N' / 16, ceil(K' / 256), P], N' is N padded to a multiple of 16; P is 64 or 32
     row_scales: float32 [..., N]
     block_size: columns that share a scale: 16 (NVFP4) or 32 (MXFP4)
     is_float16: codes are left natural and scales are float16's, for hardware that converts E2M1 itself
@@ -180,19 +180,19 @@ def _fold_powers(weight: QuantizedTensor, scales: Tensor, is_float16: bool) -> t
 
 
 def _to_words(scale_bytes: Tensor, block_size: int) -> Tensor:
-    """int32 [N, K / block_size] of bytes as int32 [N' / 16, ceil(K / 128), P]."""
+    """int32 [N, K / block_size] of bytes as int32 [N' / 16, ceil(K / 256), P]."""
     num_rows, num_blocks = scale_bytes.shape
     per_64 = 64 // block_size
-    padded = F.pad(scale_bytes, (0, -num_blocks % (2 * per_64), 0, -num_rows % 16)).to(torch.uint8)
-    # [N' / 16, h, g, K / 128, b, t] -> [N' / 16, K / 128, g, t, b, h]
-    parts = padded.view(-1, 2, 8, padded.shape[1] // (2 * per_64), 2, per_64).permute(0, 3, 2, 5, 4, 1)
+    padded = F.pad(scale_bytes, (0, -num_blocks % (4 * per_64), 0, -num_rows % 16)).to(torch.uint8)
+    # [N' / 16, r, K / 256, b, t] -> [N' / 16, K / 256, r, t, b]
+    parts = padded.view(-1, 16, padded.shape[1] // (4 * per_64), 4, per_64).permute(0, 2, 1, 4, 3)
     return parts.reshape(*parts.shape[:2], -1).view(torch.int32)
 
 
 def _from_words(words: Tensor, block_size: int) -> Tensor:
     """The inverse of `_to_words`, padding included: int32 [..., N', K'' / block_size]."""
-    *lead, num_rows_16, num_blocks_128, _ = words.shape
+    *lead, num_rows_16, num_blocks_256, _ = words.shape
     per_64 = 64 // block_size
-    parts = words.contiguous().view(torch.uint8).view(-1, num_blocks_128, 8, per_64, 2, 2)
-    natural = parts.permute(0, 5, 2, 1, 4, 3).reshape(*lead, 16 * num_rows_16, -1)
+    parts = words.contiguous().view(torch.uint8).view(-1, num_blocks_256, 16, per_64, 4)
+    natural = parts.permute(0, 2, 1, 4, 3).reshape(*lead, 16 * num_rows_16, -1)
     return natural.int()

@@ -14,11 +14,11 @@ from torch import Tensor
 from nybble.kernels.quantized_tensor import QuantizedTensor
 from nybble.kernels.triton import activation_order
 from nybble.kernels.triton.activation_quantization import quantization_launch, quantize_activations
-from nybble.kernels.triton.fp4_linear import fp4_linear, fp4_linear_launch
+from nybble.kernels.triton.fp4_linear import fp4_linear
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix, pack_fp4
-from nybble.kernels.triton.fp8_linear import fp8_linear, fp8_linear_launch
+from nybble.kernels.triton.fp8_linear import fp8_linear
 from nybble.kernels.triton.fp8_matrix import Fp8Matrix, pack_fp8
-from nybble.kernels.triton.launch_policy import ADAPTIVE, LaunchPolicy
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.native_fp4 import activation_format, native_fp4_launch, native_linear
 
 # From so many tokens on, arithmetic takes longer than reading weights: operands of FP4 instructions pay.
@@ -65,19 +65,17 @@ def operand_dtype(matrix: Matrix, dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if is_float16 and dtype == torch.bfloat16 else dtype
 
 
-def linear(
-    x: Tensor, matrix: Matrix, dtype: torch.dtype, arch: int, policy: LaunchPolicy = ADAPTIVE
-) -> Tensor:
+def linear(x: Tensor, matrix: Matrix, dtype: torch.dtype, choice: LaunchChoice) -> Tensor:
     """`dtype` [T, N]: the product of x [T, K'] with the matrix."""
     if isinstance(matrix, PlainMatrix):
-        return policy.arithmetic.linear(x.to(matrix.weight.dtype), matrix.weight).to(dtype)
-    num_tokens = policy.tokens(len(x))
-    shape = num_tokens, matrix.num_rows, matrix.width
+        return choice.policy.arithmetic.linear(x.to(matrix.weight.dtype), matrix.weight).to(dtype)
+    num_tokens = choice.tokens(len(x))
     if isinstance(matrix, Fp8Matrix):
-        return fp8_linear(x, matrix, dtype, launch=fp8_linear_launch(*shape, arch))
-    format = activation_format(matrix.block_size, matrix.width, arch)
+        return fp8_linear(x, matrix, dtype, launch=choice.fp8_linear(num_tokens, matrix))
+    format = activation_format(matrix.block_size, matrix.width, choice.arch)
     if format is None or num_tokens < NATIVE_TOKENS:
-        return fp4_linear(x, matrix, dtype, launch=fp4_linear_launch(*shape, arch))
-    launch = quantization_launch(matrix.width, arch)
+        return fp4_linear(x, matrix, dtype, launch=choice.fp4_linear(num_tokens, matrix))
+    launch = quantization_launch(matrix.width, choice.arch)
     codes = quantize_activations(x, format, fragment_order=True, launch=launch)
-    return native_linear(codes, matrix, dtype, launch=native_fp4_launch(num_tokens, matrix.block_size, arch))
+    native = native_fp4_launch(num_tokens, matrix.block_size, choice.arch)
+    return native_linear(codes, matrix, dtype, launch=native)

@@ -19,18 +19,19 @@ from torch import Tensor
 from nybble.kernels.quantized_tensor import NVFP4, Format, QuantizedTensor
 from nybble.kernels.triton.activation_quantization import MXFP8, quantized_parts
 from nybble.kernels.triton.expert_schedule import ExpertSchedule
-from nybble.kernels.triton.fp4 import narrow
+from nybble.kernels.triton.fp4 import narrow, scale_offset
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.launch import launch as start
+
+_WIDTH = 256  # columns that a program takes at a time: one word of scales
 
 
 @dataclass(frozen=True)
 class NativeFp4Launch:
-    """block_rows by block_tokens of the output a program, in steps of block_width columns."""
+    """block_rows by block_tokens of the output a program."""
 
     block_rows: int
     block_tokens: int
-    block_width: int
     num_warps: int
     num_stages: int
 
@@ -48,12 +49,10 @@ def activation_format(block_size: int, width: int, arch: int) -> Format | None:
 def native_fp4_launch(num_tokens: int, block_size: int, arch: int) -> NativeFp4Launch:
     """For num_tokens tokens (of an expert, on average) by weights with this block size."""
     if num_tokens <= 16:
-        return NativeFp4Launch(128, 16, 256, 4, 3)
+        return NativeFp4Launch(128, 16, 4, 3)
     if num_tokens <= 32:
-        return NativeFp4Launch(128, 32, 256, 4, 3)
-    if arch == 120:
-        return NativeFp4Launch(128, 64, 256, 8, 3)
-    return NativeFp4Launch(128, 64, 256 if block_size == 16 else 128, 4, 3)
+        return NativeFp4Launch(128, 32, 4, 3)
+    return NativeFp4Launch(128, 64, 8 if arch == 120 else 4, 3)
 
 
 def native_linear(
@@ -142,9 +141,9 @@ def _constants(weight: Fp4Matrix, x: QuantizedTensor, launch: NativeFp4Launch) -
     return {
         "ROWS": launch.block_rows,
         "TOKENS": launch.block_tokens,
-        "WIDTH": launch.block_width,
+        "WIDTH": _WIDTH,
         "BLOCK_SIZE": weight.block_size,
-        "EVEN": weight.width % launch.block_width == 0,
+        "EVEN": weight.width % _WIDTH == 0,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -159,14 +158,12 @@ def _native_linear_kernel(
 ):  # fmt: skip
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_16 = tl.program_id(0) * (ROWS // 16) + tl.arange(0, ROWS // 16)
+    read = tl.minimum(row, num_rows - 1)
     sums = _native_product(
         x_ptr, x_scale_ptr, token, token < num_tokens, x_stride, x_scale_stride,
-        code_ptr, tl.minimum(row, num_rows - 1) * code_stride,
-        scale_ptr, tl.minimum(row_16, (num_rows - 1) // 16) * scale_stride, scale_stride,
+        code_ptr, read * code_stride, scale_ptr, scale_offset(read, scale_stride, BLOCK_SIZE),
         width, ROWS, TOKENS, WIDTH, BLOCK_SIZE, EVEN,
     )  # fmt: skip
-    read = tl.minimum(row, num_rows - 1)
     sums = _rescaled(sums, row_scale_ptr, read, x_row_scale_ptr, token, token < num_tokens)
     y_at = y_ptr + token.to(tl.int64)[None, :] * num_rows + row[:, None]
     tl.store(y_at, narrow(sums, y_ptr), mask=(row < num_rows)[:, None] & (token < num_tokens)[None, :])
@@ -188,13 +185,10 @@ def _native_gate_up_kernel(
     HALF: tl.constexpr = ROWS // 2
     part = tl.arange(0, ROWS) // HALF
     row = tl.minimum(block * HALF + tl.arange(0, ROWS) % HALF, intermediate - 1) + part * intermediate
-    part_16 = tl.arange(0, ROWS // 16) // (HALF // 16)
-    row_16 = block * (HALF // 16) + tl.arange(0, ROWS // 16) % (HALF // 16)
-    row_16 = tl.minimum(row_16, intermediate // 16 - 1) + part_16 * (intermediate // 16)
     sums = _native_product(
         x_ptr, x_scale_ptr, pair // TOP_K, pair < num_pairs, x_stride, x_scale_stride,
         code_ptr + expert.to(tl.int64) * expert_code_stride, row * code_stride,
-        scale_ptr + expert.to(tl.int64) * expert_scale_stride, row_16 * scale_stride, scale_stride,
+        scale_ptr + expert.to(tl.int64) * expert_scale_stride, scale_offset(row, scale_stride, BLOCK_SIZE),
         width, ROWS, TOKENS, WIDTH, BLOCK_SIZE, EVEN,
     )  # fmt: skip
     row_scale_ptr += expert * 2 * intermediate
@@ -222,11 +216,10 @@ def _native_down_kernel(
     pair = tl.load(slot_ptr + tile * TOKENS + tl.arange(0, TOKENS))
     row = block * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(row, num_rows - 1)
-    read_16 = tl.minimum(block * (ROWS // 16) + tl.arange(0, ROWS // 16), (num_rows - 1) // 16)
     sums = _native_product(
         x_ptr, x_scale_ptr, pair, pair < num_pairs, x_stride, x_scale_stride,
         code_ptr + expert.to(tl.int64) * expert_code_stride, read * code_stride,
-        scale_ptr + expert.to(tl.int64) * expert_scale_stride, read_16 * scale_stride, scale_stride,
+        scale_ptr + expert.to(tl.int64) * expert_scale_stride, scale_offset(read, scale_stride, BLOCK_SIZE),
         width, ROWS, TOKENS, WIDTH, BLOCK_SIZE, EVEN,
     )  # fmt: skip
     sums = _rescaled(sums, row_scale_ptr + expert * num_rows, read, x_row_scale_ptr, pair, pair < num_pairs)
@@ -238,45 +231,41 @@ def _native_down_kernel(
 @triton.jit
 def _native_product(
     x_ptr, x_scale_ptr, token, is_token, x_stride, x_scale_stride,
-    code_ptr, code_offsets, scale_ptr, scale_offsets, scale_stride, width,
+    code_ptr, code_offsets, scale_ptr, scale_offsets, width,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, EVEN:
     tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, TOKENS]; row and token scales are left to `_rescaled`.
 
-    token, is_token: [TOKENS]; code_offsets [ROWS] in bytes; scale_offsets [ROWS / 16] in words.
+    token, is_token: [TOKENS]; code_offsets [ROWS] in bytes; scale_offsets [ROWS] in words.
     """
     X_WIDTH: tl.constexpr = WIDTH // 2 if BLOCK_SIZE == 16 else WIDTH
-    WORDS: tl.constexpr = 4 * WIDTH // BLOCK_SIZE
+    BLOCKS: tl.constexpr = 64 // BLOCK_SIZE
     X_WORDS: tl.constexpr = WIDTH // BLOCK_SIZE // 4
     x_column = tl.arange(0, X_WIDTH)[:, None]
     code = tl.arange(0, WIDTH // 2)[None, :]
-    word = tl.arange(0, WORDS)[None, :]
+    word = tl.arange(0, BLOCKS)[None, :]
     x_word = tl.arange(0, X_WORDS)[None, :]
     x_offsets = token.to(tl.int64)[None, :] * x_stride
     x_scale_offsets = token.to(tl.int64)[:, None] * x_scale_stride
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, width, WIDTH):
+        words = tl.load(scale_ptr + (scale_offsets[:, None] + word))
         if EVEN:
             codes = tl.load(code_ptr + (code_offsets[:, None] + code))
-            words = tl.load(scale_ptr + (scale_offsets[:, None] + word))
             x = tl.load(x_ptr + (x_offsets + x_column), mask=is_token[None, :], other=0)
             x_words = tl.load(x_scale_ptr + (x_scale_offsets + x_word), mask=is_token[:, None], other=0)
         else:
             left = width - first
             codes = tl.load(code_ptr + (code_offsets[:, None] + code), mask=(code // 32) * 64 < left, other=0)
-            is_scale = (word // (512 // BLOCK_SIZE)) * 128 < left
-            words = tl.load(scale_ptr + (scale_offsets[:, None] + word), mask=is_scale, other=0)
             is_x = is_token[None, :] & (x_column // (X_WIDTH // (WIDTH // 64)) * 64 < left)
             x = tl.load(x_ptr + (x_offsets + x_column), mask=is_x, other=0)
             is_x_scale = is_token[:, None] & (x_word * 4 * BLOCK_SIZE < left)
             x_words = tl.load(x_scale_ptr + (x_scale_offsets + x_word), mask=is_x_scale, other=0)
-        THREADS: tl.constexpr = 64 // BLOCK_SIZE
         if BLOCK_SIZE == 32:
             words += 0x70707070  # exponents of float16 to those of E8M0: 127 - 15
-        # [n, 128 columns, g, t, b, h] -> [n, h, g, 128 columns, b, t]
-        scales = _bytes(words).reshape(ROWS // 16, WIDTH // 128, 8, THREADS, 2, 2).permute(0, 5, 2, 1, 4, 3)
-        scales = scales.reshape(ROWS, WIDTH // BLOCK_SIZE)
+        # [row, t, b] -> [row, b, t]
+        scales = _bytes(words).reshape(ROWS, BLOCKS, 4).permute(0, 2, 1).reshape(ROWS, WIDTH // BLOCK_SIZE)
         x_scales = _bytes(x_words).reshape(TOKENS, WIDTH // BLOCK_SIZE)
         if BLOCK_SIZE == 16:
             scales = scales.to(tl.float8e4nv, bitcast=True)
@@ -286,7 +275,7 @@ def _native_product(
             total = tl.dot_scaled(codes, scales, "e2m1", x, x_scales, "e4m3", total)
         x_ptr += X_WIDTH
         code_ptr += WIDTH // 2
-        scale_ptr += WORDS
+        scale_ptr += 16 * BLOCKS
         x_scale_ptr += X_WORDS
     if BLOCK_SIZE == 16:
         total *= 0.00390625  # 2^-8, which row scales make up for elsewhere

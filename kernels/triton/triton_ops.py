@@ -45,7 +45,9 @@ from nybble.kernels.triton.attention import MAX_ROWS, decode_launch, paged_decod
 from nybble.kernels.triton.embedding import embed, embedding_launch
 from nybble.kernels.triton.experts import mlp, moe_experts
 from nybble.kernels.triton.kv_cache_layout import new_head_major
+from nybble.kernels.triton.launch_choice import LaunchChoice
 from nybble.kernels.triton.launch_policy import ADAPTIVE, LaunchPolicy
+from nybble.kernels.triton.launch_table import LaunchTable
 from nybble.kernels.triton.logit_adjustments import adjust_logits, adjustment_launch
 from nybble.kernels.triton.matmul import Matrix, linear, operand_dtype, prepare_matrix
 from nybble.kernels.triton.norm import residual_rms_norm
@@ -64,13 +66,20 @@ class TritonOps:
     """`Ops` whose weights are `Matrix`. See `Ops` for every argument's shape.
 
     arch: compute capability times ten of the GPU, rounded down to one that kernels are tuned for: 80, 90,
-    100, 120. policy: whether a token's last bits may depend on the rest of its step.
+    100, 120. policy: whether a token's last bits may depend on the rest of its step; table: launch
+    configurations that were measured on this GPU.
     """
 
-    def __init__(self, dtype: torch.dtype, arch: int, policy: LaunchPolicy = ADAPTIVE) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        arch: int,
+        policy: LaunchPolicy = ADAPTIVE,
+        table: LaunchTable | None = None,
+    ) -> None:
         self.dtype = dtype
         self.arch = arch
-        self._policy = policy
+        self._choice = LaunchChoice(arch, policy, table or LaunchTable())
 
     def prepare_weight(self, weight: Tensor | QuantizedTensor) -> Matrix:
         return prepare_matrix(weight, self.dtype, self.arch)
@@ -107,7 +116,7 @@ class TritonOps:
         slots: Tensor,
     ) -> tuple[Tensor, Tensor]:
         hidden, x = self._normed(hidden, update, weights.norm, weights.qkv)
-        qkv = linear(x, weights.qkv, self.dtype, self.arch, self._policy)
+        qkv = linear(x, weights.qkv, self.dtype, self._choice)
         query = store_qkv(
             qkv,
             weights.qkv_bias,
@@ -122,7 +131,7 @@ class TritonOps:
             value_scale=cache.value_scale,
             values_transposed=True,
             launch=qkv_launch(
-                self._policy.tokens(len(x)), weights.shape, self.arch, cache_dtype=cache.keys.dtype
+                self._choice.tokens(len(x)), weights.shape, self.arch, cache_dtype=cache.keys.dtype
             ),
         )
         return hidden, query
@@ -144,26 +153,26 @@ class TritonOps:
         return output
 
     def attention_output(self, attended: Tensor, weights: AttentionWeights[Matrix]) -> Tensor:
-        return linear(attended, weights.output, self.dtype, self.arch, self._policy)
+        return linear(attended, weights.output, self.dtype, self._choice)
 
     def dense_mlp(
         self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[Matrix]
     ) -> tuple[Tensor, Tensor]:
         hidden, x = self._normed(hidden, update, weights.norm, weights.mlp.gate_up)
-        return hidden, mlp(x, weights.mlp, self.dtype, self.arch, self._policy)
+        return hidden, mlp(x, weights.mlp, self.dtype, self._choice)
 
     def moe(
         self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[Matrix]
     ) -> tuple[Tensor, Tensor]:
         hidden, x = self._normed(hidden, update, weights.norm, weights.experts.gate_up)
-        num_tokens, num_experts = self._policy.tokens(len(x)), len(weights.router.bias)
+        num_tokens, num_experts = self._choice.tokens(len(x)), len(weights.router.bias)
         launch = router_launch(num_tokens, num_experts, x.shape[1], x.dtype, self.arch)
         routed = routing(x, weights.router, launch=launch)
-        return hidden, moe_experts(x, routed, weights, self.dtype, self.arch, self._policy)
+        return hidden, moe_experts(x, routed, weights, self.dtype, self._choice)
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Matrix) -> Tensor:
         _, x = self._normed(hidden, None, norm, head)
-        return linear(x, head, torch.float32, self.arch, self._policy)
+        return linear(x, head, torch.float32, self._choice)
 
     def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
         width = activation_order.padded_width(x.shape[1])
@@ -180,8 +189,7 @@ class TritonOps:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         padded = F.pad(x, (0, weight.width - x.shape[1])).to(operand_dtype(weight, self.dtype))
-        x = activation_order.to_fragment_order(padded)
-        return linear(x, weight, self.dtype, self.arch, self._policy)
+        return linear(activation_order.to_fragment_order(padded), weight, self.dtype, self._choice)
 
     def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
         adjust_logits(logits, adjustments, launch=adjustment_launch(logits.shape[1], self.arch))
@@ -211,7 +219,7 @@ class TritonOps:
         """Whether so many tokens of a sequence are for the kernel that divides its context among programs."""
         group = shape.num_heads // shape.num_kv_heads
         is_short = length <= _MOST_DECODED and length * group <= MAX_ROWS
-        return is_short and not self._policy.is_invariant
+        return is_short and not self._choice.policy.is_invariant
 
     def _attend(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from nybble.kernels.compiled.aot import compile_launch, launch_resources
+from nybble.kernels.compiled.packed_operands import scattered_operands
 from nybble.kernels.triton.launch import KernelLaunch, launch, recorded_launches
 
 BLOCK_TOKENS, BLOCK_ROWS, BLOCK_COLUMNS = 16, 128, 64
@@ -63,6 +64,18 @@ def _matmul_kernel(
         inputs = tl.load(tokens + token[None, :] * num_columns + (start + column)[:, None])
         total = tl.dot(weights, inputs, total)
     tl.store(outputs + row[:, None] * BLOCK_TOKENS + token[None, :], total)
+
+
+@triton.jit
+def _paired_kernel(codes, words, ALONG_ROWS: tl.constexpr):
+    """Both halves of a word changed at once: neighbours, if memory runs along the rows."""
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    at = row * 64 + column if ALONG_ROWS else column * 64 + row
+    loaded = tl.load(codes + at)
+    changed = tl.inline_asm_elementwise(
+        "not.b32 $0, $1;", "=r,r", [loaded], dtype=tl.uint16, is_pure=True, pack=2
+    )
+    tl.store(words + at, changed)
 
 
 def kinds() -> None:
@@ -116,6 +129,14 @@ def measured(name: str, arch: int) -> dict[str, Any]:
 
 def all_measured(questions: list[tuple[str, int]]) -> list[dict[str, Any]]:
     return [measured(name, arch) for name, arch in questions]
+
+
+def paired_faults(is_along_rows: bool) -> list[str]:
+    codes = _meta(64, 64, dtype=torch.uint16)
+    recorded = _recorded(
+        lambda: launch(_paired_kernel, (1,), codes, codes, ALONG_ROWS=is_along_rows, num_warps=4)
+    )
+    return scattered_operands(compile_launch(recorded, 90).asm["ttgir"])
 
 
 def _matmul(rows: Tensor, is_packed: bool) -> None:

@@ -16,7 +16,8 @@ def register() -> None:
     register_assembly(UNPACK_TO_FLOAT16, _unpack_to_float16)
 
 
-def _unpack_to_bfloat16(words: Array, scales: Array) -> tuple[Array, ...]:
+def _unpack_to_bfloat16(words: Array, scales: Array, same_scales: Array) -> tuple[Array, ...]:
+    assert (scales == same_scales).all()
     mask = np.uint32(0x81C081C0)
     fourth = words << 1 & np.uint32(0x80008000)
     fourth = words >> 3 & np.uint32(0x01800180) | fourth
@@ -25,7 +26,8 @@ def _unpack_to_bfloat16(words: Array, scales: Array) -> tuple[Array, ...]:
     return tuple(_multiply(code, scales, torch.bfloat16) for code in codes)
 
 
-def _unpack_to_float16(words: Array, scales: Array) -> tuple[Array, ...]:
+def _unpack_to_float16(words: Array, scales: Array, same_scales: Array) -> tuple[Array, ...]:
+    assert (scales == same_scales).all()
     values = np.array(E2M1_VALUES, np.float16).view(np.uint16).astype(np.uint32)
     pairs = [words >> 8 * i & 0xFF for i in range(4)]
     return tuple(_multiply(values[p & 15] | values[p >> 4] << 16, scales, torch.float16) for p in pairs)

@@ -36,7 +36,7 @@ def fp4(*shape: int, arch: int, block_size: int = 16) -> Fp4Matrix:
     width = activation_order.padded_width(columns)
     return Fp4Matrix(
         codes=empty(*lead, rows, width // 2, dtype=torch.uint8),
-        scale_words=empty(*lead, -(-rows // 16), -(-width // 128), 512 // block_size, dtype=torch.int32),
+        scale_words=empty(*lead, -(-rows // 16), -(-width // 256), 1024 // block_size, dtype=torch.int32),
         row_scales=empty(*lead, rows, dtype=torch.float32),
         block_size=block_size,
         is_float16=arch >= 100,

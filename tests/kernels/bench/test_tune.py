@@ -15,7 +15,7 @@ from triton_device import ARCHES, DEVICE
 from nybble.kernels.bench.cases import BenchCase
 from nybble.kernels.bench.inputs import BenchInputs
 from nybble.kernels.bench.timing import Run
-from nybble.kernels.bench.tunable import TUNABLE_OPS, Tunable, tunables
+from nybble.kernels.bench.tunable import Tunable, tunables
 from nybble.kernels.bench.tune import (
     MOST_CANDIDATES,
     candidates,
@@ -23,6 +23,7 @@ from nybble.kernels.bench.tune import (
     tune,
     tuning_lines,
 )
+from nybble.kernels.triton.launch_choice import TUNABLE_OPS
 from nybble.kernels.triton.launch_table import LaunchKey
 
 

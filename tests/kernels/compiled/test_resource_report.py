@@ -110,6 +110,7 @@ def test_the_golden_file_holds_what_is_worth_a_look_in_a_diff() -> None:
                 "num_warps": 4,
                 "tensor_memory": 0,
                 "instructions": 250,
+                "scattered_operands": [],
                 "hot_loop": {
                     "instructions": 100,
                     "matrix": {"HGMMA.64x16x16.F32.BF16": 8},

@@ -25,6 +25,7 @@ KERNEL = KernelReport(
     num_warps=4,
     tensor_memory=0,
     instructions=250,
+    scattered_operands=(),
     hot_loop=LOOP,
     limits=LIMITS,
 )
@@ -50,6 +51,11 @@ def loop_faults(limits: LoopLimits | None = LIMITS, **changes: Any) -> list[str]
 def test_a_kernel_that_keeps_the_rules() -> None:
     assert faults(KERNEL) == []
     assert faults(KERNEL, arch=120) == []
+
+
+def test_elements_that_are_no_neighbours() -> None:
+    (fault,) = faults(replace(KERNEL, scattered_operands=("64x16xi16 in #ttg.linear<{}>",)))
+    assert fault.endswith("and computes wrong numbers: 64x16xi16 in #ttg.linear<{}>")
 
 
 def test_a_spill() -> None:

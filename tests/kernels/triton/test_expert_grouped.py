@@ -38,8 +38,8 @@ from nybble.kernels.triton.expert_schedule import (
 )
 from nybble.kernels.triton.launch import recorded_launches
 
-TILE = ExpertGroupedLaunch(block_rows=128, splits=1, num_warps=4, num_stages=3)
-SPLIT = ExpertGroupedLaunch(block_rows=64, splits=2, num_warps=2, num_stages=3)
+TILE = ExpertGroupedLaunch(block_rows=128, splits=1, is_joined=True, num_warps=4, num_stages=3)
+SPLIT = ExpertGroupedLaunch(block_rows=64, splits=2, is_joined=False, num_warps=2, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ def test_float16_activations_are_finite() -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_launches_that_are_chosen(arch: int) -> None:
     case = replace(ALL_HELD, block_m=min(16, most_block_m(arch)))
-    launch = expert_grouped_launch(case.block_m, 2 * case.num_outputs, arch)
+    launch = expert_grouped_launch(case.block_m, 2 * case.num_outputs, case.num_inputs, arch)
     pair = gate_up_of(gate_up_input(case), case, FORMS[0], launch)
     assert_gate_up(*pair, max_error=1e-5, rms_error=1e-6)
-    launch = expert_grouped_launch(case.block_m, case.num_outputs, arch)
+    launch = expert_grouped_launch(case.block_m, case.num_outputs, case.num_inputs, arch)
     assert_close(*down_of(down_input(case), case, FORMS[0], launch), max_error=5e-6, rms_error=1e-6)
 
 
@@ -209,11 +209,11 @@ def test_two_runs_are_equal(launch: ExpertGroupedLaunch) -> None:
 def test_launches_are_possible(arch: int, shards: int) -> None:
     """GLM-4.7: a shard's experts have 3072 / shards rows of gate and up, and 5120 of down."""
     for block_m in (8, 16, 32, 64):
-        for num_rows in (3072 // shards, 5120):
-            launch = expert_grouped_launch(min(block_m, most_block_m(arch)), num_rows, arch)
+        for num_rows, width in ((3072 // shards, 5120), (5120, 1536 // shards)):
+            launch = expert_grouped_launch(min(block_m, most_block_m(arch)), num_rows, width, arch)
             assert launch.block_rows % 32 == 0  # half of them gate's, and those in groups of 16
-            assert launch.num_warps in (4, 8)
             assert launch.splits in (1, launch.num_warps)
+            assert not (launch.is_joined and launch.splits > 1)
 
 
 def test_grids_are_as_large_as_the_worst_routing_needs() -> None:

@@ -13,7 +13,7 @@ from triton_device import DEVICE
 
 from nybble.kernels.quantized_tensor import MXFP4, NVFP4, QuantizedTensor
 from nybble.kernels.triton import activation_order
-from nybble.kernels.triton.fp4 import narrow, unpack_weights
+from nybble.kernels.triton.fp4 import joined, narrow, quarter, scale_offset, unpack_weights
 from nybble.kernels.triton.fp4_matrix import Fp4Matrix
 from nybble.kernels.triton.launch import launch
 
@@ -25,18 +25,22 @@ EVERY_BYTE = torch.arange(256, dtype=torch.uint8)
 @triton.jit
 def _unpack_kernel(
     code_ptr, scale_ptr, out_ptr, code_stride, scale_stride, out_stride,
-    R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr,
+    R: tl.constexpr, BLOCK_SIZE: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
+    """A program unpacks 64 columns of R rows."""
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    row_16 = tl.program_id(0) * (R // 16) + tl.arange(0, R // 16)[:, None]
-    WORDS: tl.constexpr = 512 // BLOCK_SIZE
-    codes = tl.load(code_ptr + row * code_stride + tl.program_id(1) * 32 + tl.arange(0, 32)[None, :])
-    words = tl.load(
-        scale_ptr + row_16 * scale_stride + tl.program_id(1) * WORDS + tl.arange(0, WORDS)[None, :]
-    )
-    weights = unpack_weights(codes, words, R, BLOCK_SIZE, FLOAT16)
-    at = out_ptr + row * out_stride + tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
-    tl.store(at, weights)
+    block = tl.program_id(1)
+    codes = tl.load(code_ptr + row * code_stride + block * 16 + tl.arange(0, 16)[None, :])
+    BLOCKS: tl.constexpr = 64 // BLOCK_SIZE
+    word = block // 4 * 16 * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    words = tl.load(scale_ptr + scale_offset(row, scale_stride, BLOCK_SIZE) + word)
+    weights = unpack_weights(codes, words >> (block % 4 * 8) & 0xFF, R, BLOCK_SIZE, FLOAT16)
+    out_ptr += row * out_stride + block * 64
+    if JOINED:
+        tl.store(out_ptr + tl.arange(0, 64)[None, :], joined(weights, R))
+    else:
+        for q in tl.static_range(4):
+            tl.store(out_ptr + quarter(q)[None, :], weights[q])
 
 
 @triton.jit
@@ -45,18 +49,19 @@ def _narrow_kernel(in_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, narrow(tl.load(in_ptr + at), out_ptr))
 
 
-def unpacked(matrix: Fp4Matrix, block_rows: int) -> Tensor:
+def unpacked(matrix: Fp4Matrix, block_rows: int, is_joined: bool = False) -> Tensor:
     """float32 [N, K]: what the kernels multiply by, row scales included, in natural order."""
     dtype = torch.float16 if matrix.is_float16 else torch.bfloat16
     out = torch.empty(matrix.num_rows, matrix.width, dtype=dtype, device=DEVICE)
     launch(
         _unpack_kernel,
-        (matrix.num_rows // block_rows, matrix.width // 128),
+        (matrix.num_rows // block_rows, matrix.width // 64),
         *(matrix.codes.view(torch.uint16), matrix.scale_words, out),
         *(matrix.width // 4, matrix.scale_words.stride(0), matrix.width),
         R=block_rows,
         BLOCK_SIZE=matrix.block_size,
         FLOAT16=matrix.is_float16,
+        JOINED=is_joined,
     )
     return activation_order.from_fragment_order(out).float() * matrix.row_scales.unsqueeze(1)
 
@@ -88,13 +93,14 @@ def test_every_byte_with_every_mxfp4_scale(form: Form) -> None:
     assert unpacked(packed(weight, form), 128).equal(weight.dequantize())
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("block_rows", [16, 32, 64])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_few_rows(form: Form, block_rows: int) -> None:
+def test_few_rows(form: Form, block_rows: int, is_joined: bool) -> None:
     """Up to the rounding of a row's scale: products are exact, and multiplied by it once."""
     weight = random_weight(form, 64, 128)
     torch.testing.assert_close(
-        unpacked(packed(weight, form), block_rows), weight.dequantize(), rtol=2e-7, atol=0
+        unpacked(packed(weight, form), block_rows, is_joined), weight.dequantize(), rtol=2e-7, atol=0
     )
 
 

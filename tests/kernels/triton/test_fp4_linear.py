@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from closeness import assert_close
@@ -18,15 +16,16 @@ from nybble.kernels.triton.launch import recorded_launches
 
 SHAPES = [(1, 16, 64), (3, 40, 96), (9, 70, 320), (17, 130, 192), (2, 1, 640)]  # tokens, rows, columns
 LAUNCHES = [
-    Fp4LinearLaunch(block_rows=32, block_tokens=8, splits=4, num_warps=4, num_stages=3),
-    Fp4LinearLaunch(block_rows=64, block_tokens=16, splits=2, num_warps=2, num_stages=3),
-    Fp4LinearLaunch(block_rows=128, block_tokens=16, splits=1, num_warps=4, num_stages=3),
+    Fp4LinearLaunch(block_rows=32, block_tokens=8, splits=4, is_joined=False, num_warps=4, num_stages=3),
+    Fp4LinearLaunch(block_rows=64, block_tokens=16, splits=2, is_joined=False, num_warps=2, num_stages=3),
+    Fp4LinearLaunch(block_rows=128, block_tokens=16, splits=1, is_joined=False, num_warps=4, num_stages=3),
+    Fp4LinearLaunch(block_rows=128, block_tokens=16, splits=1, is_joined=True, num_warps=4, num_stages=3),
 ]
 GLM_MATRICES = [(14336, 5120), (5120, 12288), (24576, 5120), (151552, 5120)]  # rows may be split 8 ways
 
 
 def launch_id(launch: Fp4LinearLaunch) -> str:
-    return f"{launch.block_rows}x{launch.block_tokens}-{launch.splits}"
+    return f"{launch.block_rows}x{launch.block_tokens}-{launch.splits}{'j' * launch.is_joined}"
 
 
 def linear(
@@ -89,7 +88,9 @@ def test_launches_are_possible(arch: int, num_tokens: int) -> None:
     for (num_rows, width), shards in ((m, s) for m in GLM_MATRICES for s in (1, 2, 4, 8)):
         launch = fp4_linear_launch(num_tokens, num_rows // shards, width, arch)
         assert launch.block_rows % 16 == 0
-        assert all(is_power_of_two(value) for value in dataclasses.astuple(launch)[:-1])
+        sizes = launch.block_rows, launch.block_tokens, launch.splits, launch.num_warps
+        assert all(is_power_of_two(size) for size in sizes)
+        assert not (launch.is_joined and launch.splits > 1)
         assert launch.block_tokens >= 8 and launch.block_tokens < 2 * max(8, num_tokens)
         assert launch.splits in (1, launch.num_warps)
 
@@ -123,7 +124,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_meta_tensors_are_one_launch(arch: int) -> None:
     codes = torch.empty(14336, 2560, dtype=torch.uint8, device="meta")
-    scale_words = torch.empty(896, 40, 32, dtype=torch.int32, device="meta")
+    scale_words = torch.empty(896, 20, 64, dtype=torch.int32, device="meta")
     row_scales = torch.empty(14336, device="meta")
     matrix = Fp4Matrix(codes, scale_words, row_scales, 16, arch >= 100, (14336, 5120))
     x = torch.empty(7, 5120, dtype=torch.bfloat16, device="meta")

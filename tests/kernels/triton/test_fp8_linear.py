@@ -17,7 +17,14 @@ from triton_device import ARCHES, DEVICE
 from nybble.kernels import fp8
 from nybble.kernels.quantized_tensor import FP8, QuantizedTensor
 from nybble.kernels.triton import activation_order
-from nybble.kernels.triton.fp8_linear import Fp8LinearLaunch, fp8_linear, fp8_linear_launch, unpack_codes
+from nybble.kernels.triton.fp8_linear import (
+    Fp8LinearLaunch,
+    fp8_linear,
+    fp8_linear_launch,
+    half,
+    joined,
+    unpack_codes,
+)
 from nybble.kernels.triton.fp8_matrix import Fp8Matrix, pack_fp8
 from nybble.kernels.triton.launch import launch as start
 from nybble.kernels.triton.launch import recorded_launches
@@ -26,22 +33,28 @@ from nybble.kernels.triton.launch import recorded_launches
 ARE_FLOAT16 = [False, True] if max(ARCHES) >= 90 else [False]
 SHAPES = [(1, 16, 64), (3, 40, 96), (9, 70, 320), (17, 130, 192), (2, 1, 640)]  # tokens, rows, columns
 LAUNCHES = [
-    Fp8LinearLaunch(block_rows=32, block_tokens=8, splits=4, num_warps=4, num_stages=3),
-    Fp8LinearLaunch(block_rows=16, block_tokens=16, splits=8, num_warps=8, num_stages=3),
-    Fp8LinearLaunch(block_rows=128, block_tokens=16, splits=1, num_warps=4, num_stages=3),
+    Fp8LinearLaunch(block_rows=32, block_tokens=8, splits=4, is_joined=False, num_warps=4, num_stages=3),
+    Fp8LinearLaunch(block_rows=16, block_tokens=16, splits=8, is_joined=False, num_warps=8, num_stages=3),
+    Fp8LinearLaunch(block_rows=128, block_tokens=16, splits=1, is_joined=False, num_warps=4, num_stages=3),
+    Fp8LinearLaunch(block_rows=128, block_tokens=16, splits=1, is_joined=True, num_warps=4, num_stages=3),
 ]
 GLM_MATRICES = [(14336, 5120), (5120, 12288), (24576, 5120), (151552, 5120), (3072, 5120), (5120, 1536)]
 
 
 @triton.jit
-def _unpack_kernel(code_ptr, out_ptr, R: tl.constexpr, FLOAT16: tl.constexpr):
+def _unpack_kernel(code_ptr, out_ptr, R: tl.constexpr, FLOAT16: tl.constexpr, JOINED: tl.constexpr):
     row = tl.arange(0, R)[:, None]
     codes = tl.load(code_ptr + row * 64 + tl.arange(0, 64)[None, :])
-    tl.store(out_ptr + row * 128 + tl.arange(0, 128)[None, :], unpack_codes(codes, R, FLOAT16))
+    weights = unpack_codes(codes, R, FLOAT16)
+    if JOINED:
+        tl.store(out_ptr + row * 128 + tl.arange(0, 128)[None, :], joined(weights, R))
+    else:
+        for e in tl.static_range(2):
+            tl.store(out_ptr + row * 128 + half(e)[None, :], weights[e])
 
 
 def launch_id(launch: Fp8LinearLaunch) -> str:
-    return f"{launch.block_rows}x{launch.block_tokens}-{launch.splits}"
+    return f"{launch.block_rows}x{launch.block_tokens}-{launch.splits}{'j' * launch.is_joined}"
 
 
 def random_weight(num_rows: int, num_columns: int) -> QuantizedTensor:
@@ -54,8 +67,9 @@ def linear(
     return fp8_linear(in_fragment_order(x), matrix, dtype, launch=launch)
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("is_float16", ARE_FLOAT16)
-def test_every_code_is_unpacked(is_float16: bool) -> None:
+def test_every_code_is_unpacked(is_float16: bool, is_joined: bool) -> None:
     """All but the two that are not numbers, each in several places."""
     numbers = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     codes = torch.stack([numbers.roll(row)[:128] for row in range(256)]).to(DEVICE)
@@ -63,7 +77,7 @@ def test_every_code_is_unpacked(is_float16: bool) -> None:
     dtype = torch.float16 if is_float16 else torch.bfloat16
     out = torch.empty(256, 128, dtype=dtype, device=DEVICE)
     codes = pack_fp8(weight, is_float16).codes.view(torch.uint16)
-    start(_unpack_kernel, (1,), codes, out, R=256, FLOAT16=is_float16)
+    start(_unpack_kernel, (1,), codes, out, R=256, FLOAT16=is_float16, JOINED=is_joined)
     assert activation_order.from_fragment_order(out).float().equal(weight.dequantize())
 
 
