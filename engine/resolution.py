@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype
+from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype, resolve_launch_table
 from nybble.engine.capacity import make_plan
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
@@ -70,6 +70,7 @@ def resolve(
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
     )
+    resolved = replace(resolved, launch_table=resolve_launch_table(resolved, hardware))
     kv_dtype = resolve_kv_cache_dtype(resolved, hardware, is_fp8_kv_declared)
     memory = _plan_memory(resolved, kv_dtype, inventory, placement, hardware)
     gib = round(memory.cache_geometry.num_bytes / GIB, 3)

@@ -10,7 +10,12 @@ from typing import Literal
 import pytest
 import torch
 
-from nybble.engine.backend import make_ops, resolve_backend, resolve_kv_cache_dtype
+from nybble.engine.backend import (
+    make_ops,
+    resolve_backend,
+    resolve_kv_cache_dtype,
+    resolve_launch_table,
+)
 from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware
@@ -93,7 +98,7 @@ def write_table(path: Path, device: str, **fields: int) -> Path:
 def chosen_stages(launch_table: str) -> int:
     """Of two tokens by a matrix that the tables of these tests are about."""
     config = replace(CONFIG, backend="triton", dtype="bfloat16", launch_table=launch_table)
-    ops = make_ops(config, H100)
+    ops = make_ops(replace(config, launch_table=resolve_launch_table(config, H100)), H100)
     weight = ops.prepare_weight(nvfp4.quantize(torch.ones(64, 512)))
     x = torch.ones(2, 512, dtype=torch.bfloat16)
     with recorded_launches() as launches:

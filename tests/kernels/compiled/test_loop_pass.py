@@ -20,14 +20,14 @@ def test_fp4_weights() -> None:
     launch = launches("qkv", 1, "nvfp4")["_fp4_linear_kernel"]
     found, options = loop_pass(launch), launch.options
     rows = options["SPLITS"] * options["ROWS"]
-    assert found is not None and found.items == rows * 128
-    assert found.loaded_bytes == rows * (64 + 8) + options["SPLITS"] * options["TOKENS"] * 256
+    assert found is not None and found.items == rows * 256
+    assert found.loaded_bytes == rows * (128 + 16) + options["SPLITS"] * options["TOKENS"] * 512
 
 
 def test_gate_and_up_are_twice_the_rows() -> None:
     launch = launches("experts", 1, "mxfp4", routing="uniform")["_gate_up_kernel"]
     found = loop_pass(launch)
-    assert found is not None and found.items == 2 * launch.options["ROWS"] * launch.options["SPLITS"] * 128
+    assert found is not None and found.items == 2 * launch.options["ROWS"] * launch.options["SPLITS"] * 256
 
 
 @pytest.mark.parametrize(("format", "x_bytes"), [("nvfp4", 0.5), ("mxfp4", 1.0)])
