@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from nybble.engine.block_pool import BlockPool
-from nybble.engine.block_table import BlockTable
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges
 from nybble.engine.fair_share import FairShare
@@ -31,6 +30,7 @@ from nybble.engine.prediction import Prediction, predict
 from nybble.engine.prefix_cache import PrefixCache
 from nybble.engine.prompt_queue import PromptQueue
 from nybble.engine.sequence import Sequence
+from nybble.engine.sequence_blocks import SequenceBlocks
 from nybble.engine.step import Chunk, SampledToken, StepPlan
 from nybble.engine.step_budget import StepBudget
 
@@ -53,6 +53,7 @@ class Scheduler:
         self._config = config
         self._pool = block_pool
         self._block_size = block_size
+        self._blocks = SequenceBlocks(block_pool, block_size)
         self._cache = PrefixCache(block_pool, block_size, enable_prefix_caching)
         self._lookahead = max(num_speculative_tokens - 1, 0)  # slots that guesses from guesses take
         self._shares = FairShare(_MAX_LAG * config.max_num_batched_tokens)
@@ -119,7 +120,7 @@ class Scheduler:
         has_room = len(self._decoding) <= self._config.max_num_batched_tokens
         if self._has_prompts or not has_room:
             return None
-        self._prediction = predict(plan, self._sequences, self._grow_all)
+        self._prediction = predict(plan, self._sequences, self._blocks.grow_all)
         return None if self._prediction is None else self._prediction.plan
 
     def update(self, plan: StepPlan, sampled: AbstractSequence[tuple[SampledToken, ...]]) -> list[TokenEvent]:
@@ -199,7 +200,7 @@ class Scheduler:
             self._decoding[sequence] = self._decoding.pop(sequence)
 
     def _schedule_decode(self, sequence: Sequence, step: StepBudget) -> None:
-        while not self._grow(sequence, sequence.num_computed + 1):
+        while not self._blocks.grow(sequence, sequence.num_computed + 1):
             victim = max(self.running, key=lambda running: (running.priority, running.arrival))
             step.remove(victim)
             self._preempt(victim)
@@ -211,7 +212,7 @@ class Scheduler:
         """Let drafts run along if nobody has to give way for them."""
         for sequence in step.num_tokens:
             drafts = sequence.useful_drafts[: step.left_for_decodes] if sequence.drafts else ()
-            if drafts and self._grow(sequence, sequence.num_computed + 1 + len(drafts)):
+            if drafts and self._blocks.grow(sequence, sequence.num_computed + 1 + len(drafts)):
                 step.add_drafts(sequence, len(drafts))
                 self._shares.charge(sequence.tenant, len(drafts))
 
@@ -220,26 +221,7 @@ class Scheduler:
         if self._lookahead:
             for sequence, count in step.num_tokens.items():
                 end = sequence.num_computed + count + step.num_drafts.get(sequence, 0)
-                self._grow(sequence, end + self._lookahead)
-
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend a sequence's blocks to hold `num_tokens`; False if too few are free."""
-        needed = self._blocks_for(num_tokens) - len(sequence.blocks)
-        if needed > self._pool.num_free:
-            return False
-        if needed > 0:
-            sequence.blocks.extend(self._pool.allocate(needed))
-        return True
-
-    def _grow_all(self, lengths: Mapping[Sequence, int]) -> bool:
-        """`_grow` each sequence to hold so many tokens; or none, and False."""
-        missing = [max(self._blocks_for(n) - len(s.blocks), 0) for s, n in lengths.items()]
-        if sum(missing) > self._pool.num_free:
-            return False
-        for sequence, count in zip(lengths, missing, strict=True):
-            if count:
-                sequence.blocks.extend(self._pool.allocate(count))
-        return True
+                self._blocks.grow(sequence, end + self._lookahead)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._take_out(sequence)
@@ -276,7 +258,7 @@ class Scheduler:
         if sequence is blocked and self._pool.num_free <= num_free:
             return False  # without looking for its prefix again, which may be long
         cached = self._cache.find(sequence)
-        needed = self._blocks_for(len(sequence.token_ids)) - len(cached)
+        needed = self._blocks.count_for(len(sequence.token_ids)) - len(cached)
         if needed + len(self.running) > self._pool.num_free - self._pool.num_free_among(cached):
             self._blocked = sequence, self._pool.num_free
             return False
@@ -296,12 +278,15 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, count: int, num_drafts: int) -> Chunk:
         start, is_last = sequence.num_computed, count == sequence.num_uncomputed
+        num_blocks = self._blocks.count_for(start + count + num_drafts + self._lookahead)
         token_ids = sequence.token_ids[start : start + count]
         return Chunk(
             request_id=sequence.request_id,
             token_ids=token_ids + list(sequence.drafts[:num_drafts]) if num_drafts else token_ids,
             start=start,
-            blocks=sequence.blocks.array[: self._blocks_for(start + count + num_drafts + self._lookahead)],
+            blocks=sequence.blocks.array[
+                : self._blocks.count_for(start + count + num_drafts + self._lookahead)
+            ],
             sampling=sequence.sampling if is_last else None,
             num_drafts=num_drafts,
             next_token_id=None if is_last else sequence.token_ids[start + count],
@@ -330,11 +315,7 @@ class Scheduler:
         self._prompts.remove(sequence)
         self._decoding.pop(sequence, None)
         self.running.pop(sequence, None)
-        self._pool.release(sequence.blocks.tolist())
-        sequence.blocks = BlockTable()
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        self._blocks.release(sequence)
 
 
 def _append(sequence: Sequence, token: SampledToken) -> TokenEvent:
