@@ -284,9 +284,7 @@ class Scheduler:
             request_id=sequence.request_id,
             token_ids=token_ids + list(sequence.drafts[:num_drafts]) if num_drafts else token_ids,
             start=start,
-            blocks=sequence.blocks.array[
-                : self._blocks.count_for(start + count + num_drafts + self._lookahead)
-            ],
+            blocks=sequence.blocks.array[:num_blocks],
             sampling=sequence.sampling if is_last else None,
             num_drafts=num_drafts,
             next_token_id=None if is_last else sequence.token_ids[start + count],
