@@ -62,8 +62,15 @@ class Tokenizer:
             raise InvalidRequestError(f"the prompt is not text: {error}", "prompt") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, bool] | None = None,
+    ) -> str:
         """The prompt for an assistant turn after `messages`, by the checkpoint's own template.
+
+        tools: as the OpenAI API has them; options: variables of the template, such as enable_thinking.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
@@ -72,7 +79,11 @@ class Tokenizer:
             raise ChatTemplateError("the checkpoint has no chat template")
         try:
             prompt: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(options or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
@@ -81,6 +92,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether a token is control, such as an end of turn, and no part of the text."""
         return token_id in self._special_ids
+
+    def has_token(self, text: str) -> bool:
+        """Whether a text is one of the tokens that are added to the vocabulary, such as a tag."""
+        return any(token.content == text for token in self._added.values())
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; of a special token, those of its name."""

@@ -16,6 +16,7 @@ from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import SamplingOptions
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
 from nybble.server.served_model import ServedModel
+from nybble.server.thinking import ends_in_thought, has_thinking, past_thought, template_options
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
 # msgspec ends its messages with " - at `$.messages[0].content`" or " - at `key` in `$.logit_bias`".
@@ -30,9 +31,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
+    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
@@ -55,6 +56,8 @@ class ChatRequest:
     include_usage: bool
     priority: int = 0
     timeout: float | None = None  # seconds
+    has_thinking: bool = False  # whether the model has tags for thoughts
+    is_thinking: bool = False  # whether the prompt ends within one
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
@@ -91,7 +94,7 @@ def prepare_chat_request(
         )
     messages = [_plain_message(index, m) for index, m in enumerate(request.messages)]
     try:
-        prompt = model.tokenizer.render_chat(messages)
+        prompt = model.tokenizer.render_chat(messages, options=template_options(request))
     except ChatTemplateError as error:
         raise UnprocessableError(str(error), "messages") from error
     cache_salt = request.cache_salt or ""
@@ -109,6 +112,8 @@ def prepare_chat_request(
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         priority=request.priority or 0,
         timeout=request.timeout,
+        has_thinking=has_thinking(model.tokenizer),
+        is_thinking=ends_in_thought(prompt),
     )
 
 
@@ -166,7 +171,8 @@ def _plain_message(index: int, message: ChatMessage) -> dict[str, str]:
         content = ""
     if not isinstance(content, str):
         content = "".join(_part_text(index, n, part) for n, part in enumerate(content))
-    return {"role": role, "content": content}
+    thought = past_thought(index, message) if role == "assistant" else None
+    return {"role": role, "content": content} | ({} if thought is None else {"reasoning_content": thought})
 
 
 def _part_text(index: int, number: int, part: TextPart) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -12,6 +12,8 @@ from msgspec import UNSET, UnsetType
 
 from nybble.engine.engine_client import EngineClient
 from nybble.engine.messages import CacheExplanation, Request
+from nybble.server.answer_parser import AnswerParser, Content, Piece, Reasoning
+from nybble.server.answer_stream import AnswerDelta, AnswerStream
 from nybble.server.chat_request import ChatRequest
 from nybble.server.choices import run_choices
 from nybble.server.prices import Prices
@@ -25,13 +27,14 @@ from nybble.server.schemas import (
     Choice,
     ChoiceLogprobs,
     ChunkChoice,
+    CompletionTokensDetails,
     LogprobEntry,
     MessageDelta,
     PromptTokensDetails,
     Usage,
 )
 from nybble.server.served_model import ServedModel
-from nybble.server.text_stream import Delta, TextStream
+from nybble.server.text_stream import TextStream
 
 
 class Completion:
@@ -54,17 +57,21 @@ class Completion:
         self._created = int(time.time())
         self._start = time.monotonic()
         self._num_completion = 0
+        self._num_reasoning = 0
         self._num_cached = 0
         self._explanation: CacheExplanation | None = None
 
-    def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    def deltas(self) -> AsyncGenerator[tuple[int, AnswerDelta], None]:
         """The pieces of the answers, each with the number of its choice. Closing this early aborts all."""
         return run_choices(self._choice, self._request.num_choices)
 
-    async def _choice(self, number: int) -> AsyncGenerator[Delta, None]:
+    async def _choice(self, number: int) -> AsyncGenerator[AnswerDelta, None]:
         """Run one. Closing this early, or a stop string, aborts it."""
         asked = self._request
-        text_stream = TextStream(self._model.tokenizer, asked.stop_strings, asked.sampling.min_tokens)
+        answer = AnswerStream(
+            TextStream(self._model.tokenizer, asked.stop_strings, asked.sampling.min_tokens),
+            AnswerParser(asked.has_thinking, asked.is_thinking),
+        )
         request = Request(
             request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
             prompt_token_ids=asked.prompt_token_ids,
@@ -81,7 +88,8 @@ class Completion:
                 if number == 0:  # the others find what it has computed
                     self._num_cached = event.num_cached_tokens
                     self._explanation = self._explanation or event.cache_explanation
-                delta = text_stream.feed(event)
+                delta = answer.feed(event)
+                self._num_reasoning += delta.is_reasoning_token
                 token_ids.append(event.token_id)
                 texts.append(delta.text)
                 if delta.finish_reason is not None:
@@ -105,6 +113,7 @@ class Completion:
             completion_tokens=self._num_completion,
             total_tokens=num_prompt + self._num_completion,
             prompt_tokens_details=PromptTokensDetails(self._num_cached, self._cache_miss()),
+            completion_tokens_details=CompletionTokensDetails(self._num_reasoning),
             estimated_cost=self._prices.cost(num_prompt, self._num_cached, self._num_completion),
         )
 
@@ -133,7 +142,7 @@ class Completion:
         )
 
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
-        """The answers as they come: role, pieces of content, finish reason, usage if asked for."""
+        """The answers as they come: role, pieces, finish reason, usage if asked for."""
         begun = set[int]()
         async with aclosing(self.deltas()) as deltas:
             async for number, delta in deltas:
@@ -141,23 +150,30 @@ class Completion:
                     role = MessageDelta(role="assistant", content="")
                     yield self._chunk(ChunkChoice(delta=role, index=number))
                     begun.add(number)
-                if delta.text:
-                    logprobs = self._choice_logprobs(delta.logprobs)
-                    content = MessageDelta(content=delta.text)
-                    yield self._chunk(ChunkChoice(delta=content, logprobs=logprobs, index=number))
-                if delta.finish_reason is not None:
-                    reason = delta.finish_reason
-                    yield self._chunk(ChunkChoice(delta=MessageDelta(), finish_reason=reason, index=number))
+                for choice in self._chunk_choices(number, delta):
+                    yield self._chunk(choice)
         if self._request.include_usage:
             yield self._chunk(None)
 
     def _whole_choice(self, number: int, answer: _Answer) -> Choice:
         return Choice(
-            message=AssistantMessage(content=answer.text),
+            message=answer.message(),
             logprobs=self._choice_logprobs(answer.logprobs),
             finish_reason=answer.finish_reason,
             index=number,
         )
+
+    def _chunk_choices(self, number: int, delta: AnswerDelta) -> Iterator[ChunkChoice]:
+        """Log-probabilities go with the first piece."""
+        entries = delta.logprobs
+        for piece in delta.pieces:
+            logprobs = self._choice_logprobs(entries)
+            yield ChunkChoice(delta=_message_delta(piece), logprobs=logprobs, index=number)
+            entries = ()
+        if delta.finish_reason is not None:
+            logprobs = self._choice_logprobs(entries) if entries else None
+            reason = delta.finish_reason
+            yield ChunkChoice(delta=MessageDelta(), logprobs=logprobs, finish_reason=reason, index=number)
 
     def _chunk(self, choice: ChunkChoice | None) -> ChatCompletionChunk:
         """A chunk of one choice, or the last one, which has the usage instead."""
@@ -178,15 +194,35 @@ class Completion:
         return ChoiceLogprobs(content=list(entries))
 
 
+def _message_delta(piece: Piece) -> MessageDelta:
+    match piece:
+        case Reasoning(text):
+            return MessageDelta(reasoning_content=text, reasoning=text)
+        case Content(text):
+            return MessageDelta(content=text)
+
+
 @dataclass
 class _Answer:
     """One choice as it grows."""
 
-    text: str = ""
+    content: str = ""
+    reasoning: str = ""
     logprobs: list[LogprobEntry] = field(default_factory=list)
     finish_reason: str = ""
 
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
+    def add(self, delta: AnswerDelta) -> None:
+        for piece in delta.pieces:
+            match piece:
+                case Reasoning(text):
+                    self.reasoning += text
+                case Content(text):
+                    self.content += text
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason or ""
+
+    def message(self) -> AssistantMessage:
+        """With a thought and nothing else, it has no content; without a thought, no fields for it."""
+        reasoning = self.reasoning or UNSET
+        content = None if self.reasoning and not self.content else self.content
+        return AssistantMessage(content=content, reasoning_content=reasoning, reasoning=reasoning)

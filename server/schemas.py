@@ -21,6 +21,7 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopString = Annotated[str, Meta(min_length=1, max_length=1000)]
 
 
@@ -34,6 +35,8 @@ class TextPart(Struct, frozen=True):
 class ChatMessage(Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None  # the thought before an assistant's answer, by either name
+    reasoning: str | None = None
     # Refused when set.
     audio: Any = None
     function_call: Any = None
@@ -42,6 +45,27 @@ class ChatMessage(Struct, frozen=True):
 
 class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
+
+
+class TemplateOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """Variables of the chat template that a client may set: they change the prompt, so others are refused."""
+
+    enable_thinking: bool | None = None
+    clear_thinking: bool | None = None
+
+
+class ThinkingOptions(Struct, frozen=True):
+    """Z.ai's way to say the same."""
+
+    type: Literal["enabled", "disabled"] | None = None
+    clear_thinking: bool | None = None
+
+
+class ReasoningOptions(Struct, frozen=True):
+    """DeepInfra's and OpenRouter's way."""
+
+    enabled: bool | None = None
+    effort: ReasoningEffort | None = None
 
 
 class ChatCompletionRequest(Struct, frozen=True):
@@ -73,6 +97,10 @@ class ChatCompletionRequest(Struct, frozen=True):
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking: ThinkingOptions | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None
     function_call: Any = None
@@ -81,9 +109,9 @@ class ChatCompletionRequest(Struct, frozen=True):
     modalities: Any = None
     prediction: Any = None
     prompt_logprobs: int | None = None
-    reasoning_effort: Any = None
     response_format: Any = None
     skip_special_tokens: bool | None = None
+    thinking_token_budget: Any = None
     tool_choice: Any = None
     tools: Any = None
     use_beam_search: bool | None = None
@@ -123,6 +151,10 @@ class PromptTokensDetails(Struct, frozen=True, omit_defaults=True):
     cache_miss: CacheMiss | UnsetType = UNSET
 
 
+class CompletionTokensDetails(Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(Struct, frozen=True):
     """estimated_cost: US dollars."""
 
@@ -130,11 +162,14 @@ class Usage(Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     estimated_cost: float
 
 
 class AssistantMessage(Struct, frozen=True):
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET  # the same by both names
+    reasoning: str | UnsetType = UNSET
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -158,6 +193,8 @@ class ChatCompletion(Struct, frozen=True):
 class MessageDelta(Struct, frozen=True, omit_defaults=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET  # the same by both names
+    reasoning: str | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, frozen=True):

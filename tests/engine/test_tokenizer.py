@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,23 @@ def test_nothing_is_cleaned_up(tokenizer: Tokenizer, text: str) -> None:
 def test_render_chat_adds_the_assistant_turn(tokenizer: Tokenizer) -> None:
     messages = [{"role": "system", "content": "be kind"}, USER]
     assert tokenizer.render_chat(messages) == "<|system|>be kind<|user|>hello<|assistant|>"
+
+
+def test_a_template_gets_tools_and_options(tmp_path: Path) -> None:
+    template = (
+        "{{ tools | tojson if tools else 'no tools' }}{{ enable_thinking is defined and enable_thinking }}"
+    )
+    tiny_tokenizer.write_tokenizer(tmp_path, template)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.render_chat([USER]) == "no toolsFalse"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rendered = tokenizer.render_chat([USER], tools, {"enable_thinking": True})
+    assert rendered == json.dumps(tools) + "True"
+
+
+def test_added_tokens_are_known_by_their_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.has_token("<think>") and tokenizer.has_token("<|end|>")
+    assert not tokenizer.has_token("hello") and not tokenizer.has_token("<nothing>")
 
 
 def test_a_template_refusal_keeps_its_reason(tokenizer: Tokenizer) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import glm_template
 import pytest
 from hypothesis import settings
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer, write_tokenizer
 
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.served_model import SamplingDefaults, ServedModel
@@ -33,3 +36,14 @@ def model(tokenizer: Tokenizer, end_id: int) -> ServedModel:
         sampling_defaults=SamplingDefaults(temperature=0.5, top_p=0.75, top_k=7),
         created=1_700_000_000,
     )
+
+
+@pytest.fixture(scope="session")
+def glm(model: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A model with the tags and the chat template of GLM-4.7."""
+    directory = tmp_path_factory.mktemp("glm")
+    special = (*glm_template.SPECIAL_TOKENS, "<|end|>")
+    write_tokenizer(directory, glm_template.TEMPLATE, special, glm_template.TEXT_TOKENS)
+    tokenizer = Tokenizer(directory)
+    stop_token_ids = tokenizer.encode("<|end|><|user|><|observation|>")
+    return replace(model, tokenizer=tokenizer, max_model_len=4096, stop_token_ids=stop_token_ids)

@@ -93,7 +93,7 @@ def _error(response: httpx.Response, status: int) -> dict[str, Any]:
 # --- answers
 
 
-TEXTS = ["hello world", "", "naïve 😀 €", "a\n\nb\r\n", 'data: {"x": 1}', "<think>x</think>\u2028\x00\ufeff"]
+TEXTS = ["hello world", "", "naïve 😀 €", "a\n\nb\r\n", 'data: {"x": 1}', "x<think>y</think>\u2028\x00\ufeff"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -131,6 +131,7 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
             "completion_tokens": 3,
             "total_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
             "estimated_cost": pytest.approx((2 * 1.0 + 2 * 0.25 + 3 * 10.0) / 1e6),
         },
     }

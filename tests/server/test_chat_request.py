@@ -53,6 +53,12 @@ _BAD_PARTS = [{"type": "text", "text": "x"}, {"type": "text", "text": 1}]
         ({"messages": [{"role": "user", "content": [{"text": "hi"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": _BAD_PARTS}]}, "messages[0].content[1].text"),
         ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "messages[0].tool_calls"),
+        ({"chat_template_kwargs": {"enable_thinkin": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking"),
+        ({"reasoning_effort": "hard"}, "reasoning_effort"),
+        ({"reasoning": {"effort": 3}}, "reasoning.effort"),
+        ({"thinking": {"type": "on"}}, "thinking.type"),
+        ({"messages": [{"role": "assistant", "reasoning": 1}]}, "messages[0].reasoning"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": -0.01}, "temperature"),
@@ -146,7 +152,7 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"functions": [_FUNCTION]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"thinking_token_budget": 10}, "thinking_token_budget"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -218,7 +224,7 @@ def test_null_means_absent(model: ServedModel, name: str) -> None:
     "fields",
     [
         {"user": "ann", "store": False, "metadata": {}, "service_tier": "auto"},
-        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"some_vendors_field": {"enable_thinking": False}},
         {"repetition": 1.1, "x": [None, 1e300, {"": []}]},
         {"messages": [USER | {"cache_control": {"type": "ephemeral"}}]},
         {"stream": False, "Temperature": "hot"},
@@ -518,3 +524,44 @@ def test_bad_words_are_banned_with_and_without_a_space_before(model: ServedModel
 @pytest.mark.parametrize(("fields", "wanted"), [({}, 1), ({"n": 1}, 1), ({"n": 8}, 8)])
 def test_number_of_choices(model: ServedModel, fields: dict[str, int], wanted: int) -> None:
     assert _prepare(model, **fields).num_choices == wanted
+
+
+# --- thinking
+
+
+THOUGHTS = [
+    USER,
+    {"role": "assistant", "content": "A", "reasoning_content": " R\n"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "B", "reasoning": "S"},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted", "is_thinking"),
+    [
+        ({}, "</think>A<|user|>more<|assistant|><think>S</think>B<|assistant|><think>", True),
+        (
+            {"chat_template_kwargs": {"clear_thinking": False}},
+            "<think>R</think>A<|user|>more<|assistant|><think>S</think>B<|assistant|><think>",
+            True,
+        ),
+        (
+            {"reasoning_effort": "none"},
+            "</think>A<|user|>more<|assistant|><think>S</think>B<|assistant|></think>",
+            False,
+        ),
+    ],
+)
+def test_thoughts_in_the_history(
+    glm: ServedModel, fields: dict[str, Any], wanted: str, is_thinking: bool
+) -> None:
+    request = _prepare(glm, messages=THOUGHTS, **fields)
+    prompt = b"".join(map(glm.tokenizer.token_bytes, request.prompt_token_ids)).decode()
+    assert prompt == "[gMASK]<sop><|user|>hi<|assistant|>" + wanted
+    assert (request.has_thinking, request.is_thinking) == (True, is_thinking)
+
+
+def test_a_template_that_leaves_the_thought_to_the_model(model: ServedModel) -> None:
+    request = _prepare(model)
+    assert (request.has_thinking, request.is_thinking) == (True, False)

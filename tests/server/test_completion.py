@@ -18,7 +18,7 @@ from nybble.server.completion import Completion
 from nybble.server.prices import Prices
 from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import choice_sampling
-from nybble.server.schemas import ChatCompletionChunk
+from nybble.server.schemas import ChatCompletion, ChatCompletionChunk
 from nybble.server.served_model import ServedModel
 
 REQUEST = ChatRequest(
@@ -179,3 +179,45 @@ def test_the_engines_death_passes_through(
         assert engine.aborts == []
 
     asyncio.run(scenario())
+
+
+THINKING = {"has_thinking": True, "is_thinking": True}
+
+
+def _whole(text: str, model: ServedModel, **changes: Any) -> ChatCompletion:
+    engine = ScriptedEngine([*model.tokenizer.encode(text)], "length")
+    return asyncio.run(_completion(engine, model, **changes).whole())
+
+
+def test_a_thought_and_an_answer_by_both_names(glm: ServedModel) -> None:
+    answer = _whole("ab\n</think>\nc", glm, **THINKING)
+    message = answer.choices[0].message
+    assert (message.reasoning_content, message.reasoning, message.content) == ("ab", "ab", "c")
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+
+
+def test_length_within_a_thought(glm: ServedModel) -> None:
+    (choice,) = _whole("ab", glm, **THINKING).choices
+    assert (choice.finish_reason, choice.message.content) == ("length", None)
+    assert choice.message.reasoning_content == "ab"
+
+
+def test_without_a_thought_there_are_no_fields_for_it(glm: ServedModel) -> None:
+    message = _whole("</think>c", glm, **THINKING).choices[0].message
+    assert (message.reasoning_content, message.reasoning, message.content) == (UNSET, UNSET, "c")
+
+
+def test_thoughts_as_a_stream(glm: ServedModel) -> None:
+    script = [*glm.tokenizer.encode("a b</think>\nc")]
+    sampling = SamplingParams(max_tokens=9, num_logprobs=0)
+    chunks = _chunks(ScriptedEngine(script), glm, **THINKING, sampling=sampling)
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert [(c.delta.reasoning_content, c.delta.reasoning, c.delta.content) for c in choices] == [
+        (UNSET, UNSET, ""),
+        ("a", "a", UNSET),
+        (" b", " b", UNSET),
+        (UNSET, UNSET, "c"),
+        (UNSET, UNSET, UNSET),
+    ]
+    sent = [entry.token for c in choices if c.logprobs for entry in c.logprobs.content]
+    assert "".join(sent) == "a b</think>\nc"

@@ -6,6 +6,7 @@ Token ids 0 to 255 are the bytes of those values; merged words and added tokens 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -37,7 +38,12 @@ def byte_alphabet() -> list[str]:
     return [of_byte.get(byte, chr(byte)) for byte in range(256)]
 
 
-def write_tokenizer(directory: Path, chat_template: str | None = _TEMPLATE) -> None:
+def write_tokenizer(
+    directory: Path,
+    chat_template: str | None = _TEMPLATE,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    text_tokens: Sequence[str] = TEXT_TOKENS,
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and, unless it is None, the chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -50,8 +56,8 @@ def write_tokenizer(directory: Path, chat_template: str | None = _TEMPLATE) -> N
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TEXT_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in text_tokens])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
