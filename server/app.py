@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -26,6 +27,7 @@ from nybble.engine.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
+from nybble.server.access import Access
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.completion import Completion
 from nybble.server.errors import (
@@ -39,8 +41,10 @@ from nybble.server.errors import (
     TooManyRequestsError,
     UnavailableError,
 )
+from nybble.server.key_gate import KeyGate, visit_of
+from nybble.server.metered_engine import MeteredEngine, own_salt
 from nybble.server.replay_store import ReplayStore
-from nybble.server.schemas import ChatCompletionChunk, Model, ModelList
+from nybble.server.schemas import ChatCompletionChunk, ChatCompletionRequest, Model, ModelList
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 
@@ -50,11 +54,13 @@ T = TypeVar("T")
 _json = msgspec.json.Encoder()
 
 
-def create_app(engine: EngineClient, model: ServedModel, config: ServerConfig) -> Starlette:
-    """The API over `engine`, which tests may script."""
+def create_app(
+    engine: EngineClient, model: ServedModel, config: ServerConfig, access: Access | None = None
+) -> Starlette:
+    """The API over `engine`, which tests may script; open to all where `access` is None."""
     api = _API(engine, model, config)
     handled = (APIError, HTTPException, NybbleError, Exception)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
             Route("/v1/models", api.models),
@@ -62,7 +68,10 @@ def create_app(engine: EngineClient, model: ServedModel, config: ServerConfig) -
             Route("/health", api.health),
         ],
         exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
+        middleware=[Middleware(KeyGate, access=access)] if access else [],
     )
+    app.router.redirect_slashes = False  # to an address that a Host header makes up
+    return app
 
 
 class _API:
@@ -76,15 +85,22 @@ class _API:
         body = await _read_body(request, self._config.max_body_bytes)
         # Templates and tokenizers take long on long prompts: not on the event loop.
         prepared = await asyncio.to_thread(
-            lambda: prepare_chat_request(parse_chat_request(body), self._model, self._replay)
+            lambda: prepare_chat_request(_own(parse_chat_request(body), request), self._model, self._replay)
         )
-        completion = Completion(prepared, self._engine, self._model, self._config.prices, self._replay)
+        completion = Completion(
+            prepared, self._engine_for(request), self._model, self._config.prices, self._replay
+        )
         if not prepared.is_stream:
             return _json_response(await _unless_disconnected(request, completion.whole()))
         chunks = completion.chunks()
         # An engine that cannot start the request must still be able to answer with a status.
         first = await _unless_disconnected(request, _next(chunks))
         return _EventStream(first, chunks)
+
+    def _engine_for(self, request: Request) -> EngineClient:
+        """The engine, charged to whose request it is."""
+        visit = visit_of(request)
+        return MeteredEngine(self._engine, visit) if visit else self._engine
 
     async def models(self, request: Request) -> Response:
         return _json_response(ModelList(data=[self._model_object()]))
@@ -103,6 +119,13 @@ class _API:
     def _model_object(self) -> Model:
         model = self._model
         return Model(id=model.name, created=model.created, max_model_len=model.max_model_len)
+
+
+def _own(asked: ChatCompletionRequest, request: Request) -> ChatCompletionRequest:
+    """With a salt of the key's own, under which answers are remembered: keys share none."""
+    visit = visit_of(request)
+    salt = asked.cache_salt or ""
+    return msgspec.structs.replace(asked, cache_salt=own_salt(visit.name, salt)) if visit else asked
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

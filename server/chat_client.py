@@ -41,7 +41,7 @@ class Speed:
 class ChatClient:
     """Talks to one server. `url` is its root, such as http://127.0.0.1:8000."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -50,6 +50,7 @@ class ChatClient:
         if not is_address:
             raise ChatClientError(f"{url!r} is not an http or https address")
         self._url = url
+        self._key_header = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._parts = parts
         self.speed: Speed | None = None  # of the last answer
 
@@ -88,7 +89,7 @@ class ChatClient:
         is_secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
+        headers = {"Content-Type": "application/json", "Connection": "close"} | self._key_header
         data = None if body is None else json.dumps(body).encode()
         root = urllib.parse.quote(self._parts.path.rstrip("/"))
         try:

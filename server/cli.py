@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nybble", description="GLM-4.7 in FP4 on your own GPUs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_key(commands)
     _add_chat(commands)
     _add_plan(commands)
     _add_quantize(commands)
@@ -58,8 +59,18 @@ def _add_serve(commands: Any) -> None:
     parser.set_defaults(run=_serve)
 
 
+def _add_key(commands: Any) -> None:
+    parser = commands.add_parser("key", help="make an API key; it is printed once")
+    parser.add_argument("name", help="whose key it is")
+    parser.add_argument("--file", type=Path, required=True, help="key file that its hash is added to")
+    for name in ("requests-per-minute", "concurrent-requests", "tokens-per-day"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="limit (default: none)")
+    parser.add_argument("--cost-per-day", type=float, metavar="X", help="limit in USD (default: none)")
+    parser.set_defaults(run=_key)
+
+
 def _add_chat(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="chat with a running server")
+    parser = commands.add_parser("chat", help="chat with a running server (its key: NYBBLE_API_KEY)")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
     parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer and its speed")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
@@ -138,7 +149,9 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("directory", type=Path, help="where the demo checkpoint is or goes")
     parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer, and stop")
     _add_wheel(parser)
-    add_options(parser, ServeConfig, skip=frozenset({"checkpoint", "served_model_name"}))
+    # Of the demo's own client, which has no key and trusts no certificate that you made.
+    unused = {"api_key_file", "usage_ledger", "ssl_certfile", "ssl_keyfile"}
+    add_options(parser, ServeConfig, skip=frozenset({"checkpoint", "served_model_name"} | unused))
     parser.set_defaults(run=_demo)
 
 
@@ -170,8 +183,15 @@ def _serve(options: argparse.Namespace) -> None:
     end_process(run_rank(lambda: follow(config.engine)))
 
 
+def _key(options: argparse.Namespace) -> None:
+    from nybble.server.api_keys import make_key
+
+    limits = ("requests_per_minute", "concurrent_requests", "tokens_per_day", "cost_per_day")
+    print(make_key(options.file, options.name, {name: getattr(options, name) for name in limits}))
+
+
 def _chat(options: argparse.Namespace) -> None:
-    client = ChatClient(options.url)
+    client = ChatClient(options.url, os.environ.get("NYBBLE_API_KEY"))
     if options.ask is None:
         converse(client, options.temperature, sys.stdout)
     else:

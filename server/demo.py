@@ -13,7 +13,8 @@ from rich.progress import Progress
 from nybble.engine.demo_checkpoint import NUM_LAYERS, RECIPE, write_demo_checkpoint, written_recipe
 from nybble.engine.errors import CheckpointError
 from nybble.server.chat_client import ChatClient
-from nybble.server.serve import prepared_server, run_on_uvloop, serve, url_of
+from nybble.server.listening import url_of
+from nybble.server.serve import prepared_server, run_on_uvloop, serve
 from nybble.server.server_config import ServeConfig
 from nybble.server.terminal_chat import ask
 

@@ -2,11 +2,13 @@
 
     APIError
     ├── BadRequestError       400  malformed, out of range, unsupported, too long for the context
+    ├── UnauthorizedError     401  no API key, or an unknown one
+    ├── ForbiddenError        403  an API key that is disabled
     ├── NotFoundError         404  no such model or route
     ├── MethodError           405  a route that exists, another method
     ├── TooLargeError         413  body over the limit
     ├── UnprocessableError    422  well-formed, but the chat template refuses it
-    ├── TooManyRequestsError  429  too many requests wait
+    ├── TooManyRequestsError  429  too many requests wait, or a limit of the API key is reached
     ├── InternalError         500  our fault
     ├── UnavailableError      503  the engine is down
     └── TimedOutError         504  the request's time was over
@@ -47,6 +49,18 @@ class BadRequestError(APIError):
     status = 400
 
 
+class UnauthorizedError(APIError):
+    status = 401
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ForbiddenError(APIError):
+    status = 403
+    kind = "permission_error"
+
+
 class NotFoundError(APIError):
     status = 404
 
@@ -69,8 +83,8 @@ class TooManyRequestsError(APIError):
     status = 429
     kind = "rate_limit_error"
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message, code="queue_full")
+    def __init__(self, message: str, retry_after: float = 1.0, code: str = "queue_full") -> None:
+        super().__init__(message, code=code)
         self._retry_after = retry_after
 
     def headers(self) -> dict[str, str]:

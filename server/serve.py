@@ -6,27 +6,29 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from nybble.engine.engine_client import SubprocessEngine
-from nybble.engine.errors import EngineDeadError, NybbleError
+from nybble.engine.errors import EngineDeadError
 from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
+from nybble.server.access import Access
+from nybble.server.api_keys import KeyFileError, read_keys
 from nybble.server.app import create_app
+from nybble.server.listening import bind, listen, tls_context, url_of
 from nybble.server.served_model import describe_model
 from nybble.server.server_config import ServeConfig, ServerConfig
+from nybble.server.usage_ledger import UsageLedger
 
 logger = logging.getLogger("nybble.server")
-
-
-class BindError(NybbleError):
-    """The address cannot be listened on."""
 
 
 def _log_address(url: str) -> None:
@@ -52,7 +54,7 @@ async def serve(config: ServeConfig, announce: Callable[[str], None] = _log_addr
         async with prepared_server(config) as (server, sock):
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, server.stop)
-            announce(url_of(sock))
+            announce(url_of(sock, config.server.ssl_certfile is not None))
             await server.serve(sockets=[sock])
             logger.info("stopped")
             if server.has_lost_engine:
@@ -112,40 +114,59 @@ async def prepared_server(
         BindError: the port is in use or the address is not ours.
         NybbleError: the checkpoint or an option is bad.
     """
-    sock = _bind(config.server)
-    engine = SubprocessEngine(config.engine)
-    try:
-        ready, tokenizer = await _load(engine, Path(config.engine.checkpoint))
-        model = describe_model(config.server.served_model_name, tokenizer, ready)
-        app = create_app(engine, model, config.server)
-        logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
-        settings = uvicorn.Config(
-            app,
-            # httptools takes a POST with `Upgrade: h2c`, as Java's client sends, for one without a body, and
-            # headers of any size.
-            http="h11",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            # Beyond our own limit, for connections that never became a request.
-            timeout_graceful_shutdown=config.server.shutdown_timeout + 2,
-        )
-        server = HTTPServer(settings, engine, config.server.shutdown_timeout)
-        _listen(sock)
-        watch = asyncio.create_task(server.stop_with_engine())
+    context = tls_context(config.server)
+    with _opened_access(config.server) as access:
+        sock = bind(config.server)
+        engine = SubprocessEngine(config.engine)
         try:
-            yield server, sock
+            ready, tokenizer = await _load(engine, Path(config.engine.checkpoint))
+            model = describe_model(config.server.served_model_name, tokenizer, ready)
+            app = create_app(engine, model, config.server, access)
+            logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
+            settings = _settings(app, config.server, context)
+            server = HTTPServer(settings, engine, config.server.shutdown_timeout)
+            listen(sock)
+            watch = asyncio.create_task(server.stop_with_engine())
+            try:
+                yield server, sock
+            finally:
+                watch.cancel()
         finally:
-            watch.cancel()
-    finally:
-        sock.close()
-        await engine.stop()
+            sock.close()
+            await engine.stop()
 
 
-def url_of(sock: socket.socket) -> str:
-    """The address of a listening socket."""
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _settings(app: Starlette, config: ServerConfig, context: ssl.SSLContext | None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        # httptools takes a POST with `Upgrade: h2c`, as Java's client sends, for one without a body, and
+        # headers of any size.
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # nothing asks who is behind a proxy
+        # Beyond our own limit, for connections that never became a request.
+        timeout_graceful_shutdown=config.shutdown_timeout + 2,
+        ssl_certfile=config.ssl_certfile,
+        ssl_context_factory=(lambda *_: context) if context else None,
+    )
+
+
+@contextmanager
+def _opened_access(config: ServerConfig) -> Generator[Access | None, None, None]:
+    """Raises NybbleError: the key file or the ledger is bad, or there is a ledger and no keys."""
+    if config.api_key_file is None:
+        if config.usage_ledger is not None:
+            raise KeyFileError("usage_ledger is given without api_key_file")
+        yield None
+        return
+    keys = read_keys(Path(config.api_key_file))
+    ledger_path = Path(config.usage_ledger or f"{config.api_key_file}.usage.jsonl")
+    with closing(UsageLedger(ledger_path)) as ledger:
+        logger.info("%d API keys in %s", len(keys), config.api_key_file)
+        yield Access(keys, ledger, config.prices)
 
 
 async def _load(engine: SubprocessEngine, checkpoint: Path) -> tuple[EngineReady, Tokenizer]:
@@ -157,34 +178,3 @@ async def _load(engine: SubprocessEngine, checkpoint: Path) -> tuple[EngineReady
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return ready.result(), tokenizer.result()
-
-
-def _listen(sock: socket.socket) -> None:
-    """Raises BindError: another server began to listen on the port while we loaded."""
-    try:
-        sock.listen()
-    except OSError as error:
-        raise BindError(f"cannot listen on {sock.getsockname()}: {error}") from error
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    """Take the port at once, so that one on which a server listens is known before the weights are loaded.
-
-    It does not listen yet: until the engine is ready, a client is refused, not left waiting.
-    """
-    if not 0 <= config.port <= 65535:
-        raise BindError(f"port is {config.port}, expected 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            raise
-    except (OSError, UnicodeError) as error:
-        raise BindError(f"cannot listen on {config.host}:{config.port}: {error}") from error
-    return sock

@@ -15,6 +15,24 @@ class ServerConfig:
     served_model_name: str | None = field(
         default=None, metadata={"help": "name of the model in the API (default: the directory's)"}
     )
+    api_key_file: str | None = field(
+        default=None, metadata={"help": "TOML file of API keys; made by `nybble key` (default: no keys)"}
+    )
+    usage_ledger: str | None = field(
+        default=None,
+        metadata={
+            "help": "file that use is written to, by key (default: the key file's name and .usage.jsonl)"
+        },
+    )
+    allow_no_keys: bool = field(
+        default=False, metadata={"help": "listen to other machines although there are no API keys"}
+    )
+    ssl_certfile: str | None = field(
+        default=None, metadata={"help": "PEM file of the TLS certificate (default: no TLS)"}
+    )
+    ssl_keyfile: str | None = field(
+        default=None, metadata={"help": "PEM file of its private key (default: in the certificate's file)"}
+    )
     max_body_bytes: int = field(default=16 << 20, metadata={"help": "largest request body that is read"})
     shutdown_timeout: int = field(
         default=30, metadata={"help": "seconds that open requests may go on after SIGTERM"}

@@ -5,18 +5,22 @@ import pytest
 from nybble.server.errors import (
     APIError,
     BadRequestError,
+    ForbiddenError,
     InternalError,
     MethodError,
     NotFoundError,
     TimedOutError,
     TooLargeError,
     TooManyRequestsError,
+    UnauthorizedError,
     UnavailableError,
     UnprocessableError,
 )
 
 CASES: list[tuple[type[APIError], int, str]] = [
     (BadRequestError, 400, "invalid_request_error"),
+    (UnauthorizedError, 401, "invalid_request_error"),
+    (ForbiddenError, 403, "permission_error"),
     (NotFoundError, 404, "invalid_request_error"),
     (MethodError, 405, "invalid_request_error"),
     (TooLargeError, 413, "invalid_request_error"),

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -25,9 +26,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from processes import Family, family, wait_until
 from tiny_glm import make_checkpoint
 from tiny_tokenizer import write_tokenizer
-
-from nybble.server.serve import BindError, _bind, _listen
-from nybble.server.server_config import ServerConfig
+from tls_certificate import write_certificate
 
 NYBBLE, TORCHRUN = (Path(sys.executable).with_name(name) for name in ("nybble", "torchrun"))
 MODEL = "demo-checkpoint"
@@ -68,7 +67,7 @@ def _start(checkpoint: Path, directory: Path, *options: str) -> tuple[subprocess
 def _wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> str:
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline and process.poll() is None:
-        match = re.search(r"listening on (http://\S+)", log.read_text())
+        match = re.search(r"listening on (https?://\S+)", log.read_text())
         if match:
             return match[1]
         time.sleep(0.05)
@@ -449,14 +448,23 @@ def test_two_nodes_end_with_a_killed_agent(node: int, tiny: Path, tmp_path: Path
         wait_until(processes.is_gone, DEADLINE)
 
 
-@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("..", 0)])
-def test_bind_refuses(host: str, port: int) -> None:
-    with pytest.raises(BindError):
-        _bind(ServerConfig(host=host, port=port)).close()
-
-
-def test_only_one_of_two_servers_that_load_at_once_gets_the_port() -> None:
-    with _bind(ServerConfig(port=0)) as first, _bind(ServerConfig(port=first.getsockname()[1])) as second:
-        _listen(first)
-        with pytest.raises(BindError, match="Address already in use"):
-            _listen(second)
+def test_keys_and_tls_from_the_command_to_the_answer(tiny: Path, tmp_path: Path) -> None:
+    """On all addresses; what a key has used is remembered by the next server."""
+    keys, (certificate, private) = tmp_path / "keys.toml", write_certificate(tmp_path)
+    made: list[str | Path] = [NYBBLE, "key", "ann", "--file", keys, "--tokens-per-day", "5"]
+    key = subprocess.run(made, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout.strip()
+    options = ["--host", "0.0.0.0", "--api-key-file", str(keys)]
+    options += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private)]
+    trusted, headers = ssl.create_default_context(cafile=certificate), {"Authorization": f"Bearer {key}"}
+    for status in (200, 429):
+        process, log = _start(tiny, tmp_path, "--served-model-name", "tiny", *options)
+        url = _wait_until_listening(log, process).replace("0.0.0.0", "127.0.0.1")
+        assert url.startswith("https://")
+        with httpx.Client(verify=trusted, base_url=url, timeout=DEADLINE) as client:
+            assert client.get("/health").status_code == 200
+            assert client.get("/v1/models").status_code == 401
+            answer = client.post("/v1/chat/completions", json=tiny_body(2), headers=headers)
+            assert answer.status_code == status
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+        assert "Traceback" not in log.read_text() and key not in log.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message
@@ -15,7 +16,13 @@ class Exchange:
     With `is_complete` False the body is only begun.
     """
 
-    def __init__(self, app: ASGIApp, body: dict[str, Any], is_complete: bool = True) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        body: dict[str, Any],
+        is_complete: bool = True,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
         path = "/v1/chat/completions"
         self._app = app
         self._scope = {
@@ -28,7 +35,7 @@ class Exchange:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
         }
