@@ -112,6 +112,13 @@ class EngineConfig:
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )
+    null_step_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "for `nybble bench serving`: compute nothing, take so many milliseconds a step, answer "
+            "with one word over and over; of the checkpoint only the tokenizer is read"
+        },
+    )
     weights: WeightDtypes = field(default_factory=WeightDtypes)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -39,6 +39,8 @@ from nybble.engine.messages import (
     RequestRefused,
     ToEngine,
 )
+from nybble.engine.null_serving import start_null_engine
+from nybble.engine.placement import Placement
 from nybble.engine.rank_group import RankGroup
 from nybble.engine.start import StartedRank, start_rank
 from nybble.engine.worker import Worker
@@ -116,6 +118,8 @@ def follow(config: EngineConfig) -> None:
 
 
 def _start_engine(config: EngineConfig, channel: Channel[ToEngine]) -> tuple[Engine, EngineReady, RankGroup]:
+    if config.null_step_ms is not None:
+        return *start_null_engine(config), RankGroup(Placement())
     rank = _start(config, channel)
     engine = build_engine(rank.preparation, rank.worker, rank.group)
     return engine, rank.preparation.ready_message(), rank.group

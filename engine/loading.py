@@ -22,6 +22,7 @@ from nybble.engine.draft_worker import DraftWorker
 from nybble.engine.drafter import Drafter, ModelDrafter
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import EngineConfig
+from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware, detect
 from nybble.engine.inventory import read_inventory
 from nybble.engine.kv_cache import allocate_kv_cache
@@ -87,6 +88,8 @@ def prepare(config: EngineConfig) -> Preparation:
         CheckpointError: the checkpoint is incomplete, malformed or of another architecture.
         OptionError: an option cannot be satisfied on this machine.
     """
+    if config.null_step_ms is not None:
+        raise OptionError("null_step_ms is for `nybble serve` on one rank only")
     directory = Path(config.checkpoint)
     model_config, checkpoint = check_structure(directory)
     launched = LaunchedRank.from_environment()

@@ -6,6 +6,8 @@ forward pass and the draw are left out.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,17 @@ MAX_MODEL_LEN = 202_752
 
 
 class NullWorker:
-    """Takes the place of `Worker`. Its logits are one row seen as many."""
+    """Takes the place of `Worker`. Its logits are one row seen as many. A step takes `step_time` seconds,
+    without work for the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_time: float = 0.0) -> None:
         self._row = torch.zeros(1, VOCAB_SIZE)
+        self._step_time = step_time
 
     def execute(self, step: StepInput) -> Tensor | None:
         """float32 zeros [S', V], or None where nothing is sampled."""
+        if self._step_time:
+            time.sleep(self._step_time)
         num_rows = len(step.logit_rows)
         return self._row.expand(num_rows, -1) if num_rows else None
 
@@ -42,25 +48,25 @@ class NullWorker:
 
 
 class NullOps(ReferenceOps):
-    """Picks token 0, without a look at the logits."""
+    """Picks the same token again and again, without a look at the logits."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, token_id: int = 0) -> None:
         super().__init__(torch.float32)
-        self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64)
+        self._token_ids = torch.full((max_num_seqs,), token_id)
 
     def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
         return self._token_ids[: len(logits)]
 
 
-def null_engine(config: EngineConfig, num_blocks: int) -> Engine:
+def null_engine(config: EngineConfig, num_blocks: int, token_id: int = 0, step_time: float = 0.0) -> Engine:
     """An engine of one rank over the null model, with `num_blocks` blocks of cache that hold nothing."""
     block_size = config.cache.block_size
     limits = EngineLimits(
         max_model_len=config.max_model_len or MAX_MODEL_LEN, num_token_ids=VOCAB_SIZE, block_size=block_size
     )
-    sampler = Sampler(NullOps(config.scheduler.max_num_seqs), VOCAB_SIZE)
+    sampler = Sampler(NullOps(config.scheduler.max_num_seqs, token_id), VOCAB_SIZE)
     group = RankGroup(Placement())
-    runner = ModelRunner(NullWorker(), sampler, group, block_size)
+    runner = ModelRunner(NullWorker(step_time), sampler, group, block_size)
     scheduler = Scheduler(
         config.scheduler, BlockPool(num_blocks), block_size, config.cache.enable_prefix_caching
     )

@@ -15,6 +15,7 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import NybbleError
 from nybble.engine.launch import end_with_parent
 from nybble.engine.launched_rank import LaunchedRank, is_launched
+from nybble.server.bench_serving_options import add_bench_serving
 from nybble.server.chat_client import ChatClient
 from nybble.server.options import add_options, from_options
 from nybble.server.server_config import ServeConfig
@@ -124,6 +125,7 @@ def _add_bench(commands: Any) -> None:
     ops.add_argument("arguments", nargs="*")
     ops.set_defaults(run=_bench_ops)
     _add_bench_engine(benchmarks)
+    add_bench_serving(benchmarks)
 
 
 def _add_bench_engine(benchmarks: Any) -> None:
@@ -140,7 +142,7 @@ def _add_bench_engine(benchmarks: Any) -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each case (3)")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="runs before those (1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and engine.png there")
-    add_options(parser, EngineConfig, skip=frozenset({"checkpoint", "max_num_seqs"}))
+    add_options(parser, EngineConfig, skip=frozenset({"checkpoint", "max_num_seqs", "null_step_ms"}))
     parser.set_defaults(run=_bench_engine)
 
 
