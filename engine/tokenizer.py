@@ -7,7 +7,7 @@ a character whose bytes are spread over several tokens is put together by the de
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Tokenizer:
             raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
         self._added = self._tokenizer.added_tokens_decoder
         self._special_ids = {token_id for token_id, token in self._added.items() if token.special}
+        self._num_tokens = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._bytes_of_token: dict[int, bytes] = {}  # of those asked for
         self._bytes_of_character = _bytes_of_characters()
         self._check_byte_level(directory)
@@ -50,8 +51,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text or rendered prompt, which already holds its special tokens.
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
+        """Token ids of a text or rendered prompt, whose special tokens are read as such.
+
+        add_special_tokens: put those before and after it that the checkpoint's tokenizer says (GLM's: none).
 
         Raises:
             InvalidRequestError: it holds half of a surrogate pair, which is no text.
@@ -60,17 +63,20 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the prompt is not text: {error}", "prompt") from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, bool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for an assistant turn after `messages`, by the checkpoint's own template.
 
-        tools: as the OpenAI API has them; options: variables of the template, such as enable_thinking.
+        tools: as the OpenAI API has them; options: variables of the template, such as enable_thinking;
+        add_generation_prompt False: the messages only, without the beginning of that turn.
 
         Raises:
             ChatTemplateError: there is no template, or it refuses the messages.
@@ -82,7 +88,7 @@ class Tokenizer:
                 list(messages),
                 tools=list(tools) or None,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **(options or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -103,6 +109,16 @@ class Tokenizer:
         if found is None:
             found = self._bytes_of_token[token_id] = self._find_bytes(token_id)
         return found
+
+    def has_token_id(self, token_id: int) -> bool:
+        """Whether a token id stands for bytes."""
+        return 0 <= token_id < self._num_tokens and (
+            token_id in self._added or self._tokenizer.convert_ids_to_tokens(token_id) is not None
+        )
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of tokens, special ones by their names; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def _find_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

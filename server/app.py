@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,6 +31,7 @@ from nybble.engine.errors import (
 from nybble.server.access import Access
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.completion import Completion
+from nybble.server.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.errors import (
     APIError,
     BadRequestError,
@@ -44,14 +46,17 @@ from nybble.server.errors import (
 from nybble.server.key_gate import KeyGate, visit_of
 from nybble.server.metered_engine import MeteredEngine, own_salt
 from nybble.server.replay_store import ReplayStore
-from nybble.server.schemas import ChatCompletionChunk, ChatCompletionRequest, Model, ModelList
+from nybble.server.schemas import ChatCompletionRequest, Model, ModelList
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
+from nybble.server.text_completion import TextCompletionRun
+from nybble.server.tokenize_request import detokenize, tokenize
 
 logger = logging.getLogger("nybble.server")
 
 T = TypeVar("T")
 _json = msgspec.json.Encoder()
+_Chunks = AsyncGenerator[Any, None]
 
 
 def create_app(
@@ -63,8 +68,12 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+            Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),
+            Route("/tokenize", api.tokenize, methods=["POST"]),
+            Route("/detokenize", api.detokenize, methods=["POST"]),
+            Route("/version", api.version),
             Route("/health", api.health),
         ],
         exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
@@ -90,12 +99,24 @@ class _API:
         completion = Completion(
             prepared, self._engine_for(request), self._model, self._config.prices, self._replay
         )
-        if not prepared.is_stream:
-            return _json_response(await _unless_disconnected(request, completion.whole()))
-        chunks = completion.chunks()
-        # An engine that cannot start the request must still be able to answer with a status.
-        first = await _unless_disconnected(request, _next(chunks))
-        return _EventStream(first, chunks)
+        return await _run(request, completion, prepared.is_stream)
+
+    async def completions(self, request: Request) -> Response:
+        body = await _read_body(request, self._config.max_body_bytes)
+        job = await asyncio.to_thread(
+            lambda: prepare_completion_request(parse_completion_request(body), self._model)
+        )
+        engine = self._engine_for(request)
+        completion = TextCompletionRun(job, engine, self._model, self._config.prices)
+        return await _run(request, completion, job.is_stream)
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await _read_body(request, self._config.max_body_bytes)
+        return _json_response(await asyncio.to_thread(tokenize, body, self._model))
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await _read_body(request, self._config.max_body_bytes)
+        return _json_response(await asyncio.to_thread(detokenize, body, self._model))
 
     def _engine_for(self, request: Request) -> EngineClient:
         """The engine, charged to whose request it is."""
@@ -106,10 +127,11 @@ class _API:
         return _json_response(ModelList(data=[self._model_object()]))
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self._model.name:
-            raise NotFoundError(f"the model {name!r} is not served here", "model", "model_not_found")
+        self._model.check_name(request.path_params["name"])
         return _json_response(self._model_object())
+
+    async def version(self, request: Request) -> Response:
+        return _json_response({"version": version("nybble")})
 
     async def health(self, request: Request) -> Response:
         if not self._engine.is_alive:
@@ -126,6 +148,15 @@ def _own(asked: ChatCompletionRequest, request: Request) -> ChatCompletionReques
     visit = visit_of(request)
     salt = asked.cache_salt or ""
     return msgspec.structs.replace(asked, cache_salt=own_salt(visit.name, salt)) if visit else asked
+
+
+async def _run(request: Request, completion: Completion | TextCompletionRun, is_stream: bool) -> Response:
+    if not is_stream:
+        return _json_response(await _unless_disconnected(request, completion.whole()))
+    chunks = completion.chunks()
+    # An engine that cannot start the request must still be able to answer with a status.
+    first = await _unless_disconnected(request, _next(chunks))
+    return _EventStream(first, chunks)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -164,7 +195,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _next(chunks: AsyncGenerator[ChatCompletionChunk, None]) -> ChatCompletionChunk:
+async def _next(chunks: _Chunks) -> object:
     return await anext(chunks)
 
 
@@ -173,7 +204,7 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: ChatCompletionChunk, chunks: AsyncGenerator[ChatCompletionChunk, None]) -> None:
+    def __init__(self, first: object, chunks: _Chunks) -> None:
         self._events = _server_sent_events(first, chunks)
         self._chunks = chunks
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -185,9 +216,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _server_sent_events(
-    first: ChatCompletionChunk, chunks: AsyncGenerator[ChatCompletionChunk, None]
-) -> AsyncGenerator[bytes, None]:
+async def _server_sent_events(first: object, chunks: _Chunks) -> AsyncGenerator[bytes, None]:
     try:
         yield _event(_json.encode(first))
         async for chunk in chunks:

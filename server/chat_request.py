@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
-from nybble.engine.errors import ContextLengthError
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import ChatTemplateError
-from nybble.server.errors import BadRequestError, NotFoundError, UnprocessableError
+from nybble.server.errors import BadRequestError, UnprocessableError
 from nybble.server.replay_store import ReplayStore
-from nybble.server.sampling_options import SamplingOptions
+from nybble.server.request_body import check_supported, decode_body
+from nybble.server.sampling_fields import settle_sampling, stop_strings
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
 from nybble.server.served_model import ServedModel
 from nybble.server.thinking import ends_in_thought, has_thinking, past_thought, template_options
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
-# msgspec ends its messages with " - at `$.messages[0].content`" or " - at `key` in `$.logit_bias`".
-_LOCATION = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 
 # Fields that are refused unless they hold a value that changes nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -62,16 +59,9 @@ class ChatRequest:
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Decode and check types, ranges and support; BadRequestError names the field."""
-    try:
-        request = _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        message, param = _split_location(str(error))
-        raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
-    except RecursionError as error:
-        raise BadRequestError("the request body is nested too deeply", code="invalid_json") from error
-    _check_supported(request)
+    request = decode_body(body, _decoder)
+    check_supported(request, _UNSUPPORTED)
+    check_messages(request.messages)
     _check_combinations(request)
     return request
 
@@ -86,17 +76,8 @@ def prepare_chat_request(
         UnprocessableError: the chat template refuses the messages.
         BadRequestError: prompt and answer do not fit in the context.
     """
-    if request.model != model.name:
-        raise NotFoundError(
-            f"the model {request.model!r} is not served here; this is {model.name!r}",
-            "model",
-            "model_not_found",
-        )
-    messages = [_plain_message(index, m) for index, m in enumerate(request.messages)]
-    try:
-        prompt = model.tokenizer.render_chat(messages, options=template_options(request))
-    except ChatTemplateError as error:
-        raise UnprocessableError(str(error), "messages") from error
+    model.check_name(request.model)
+    prompt = render_messages(request.messages, model, template_options(request))
     cache_salt = request.cache_salt or ""
     prompt_token_ids = model.tokenizer.encode(prompt)
     if replay is not None:
@@ -105,7 +86,7 @@ def prepare_chat_request(
         prompt_token_ids=prompt_token_ids,
         sampling=_sampling(request, model, len(prompt_token_ids)),
         num_choices=request.n or 1,
-        stop_strings=_stop_strings(request.stop),
+        stop_strings=stop_strings(request),
         cache_salt=cache_salt,
         explain_cache=bool(request.explain_cache),
         is_stream=bool(request.stream),
@@ -117,25 +98,26 @@ def prepare_chat_request(
     )
 
 
-def _split_location(text: str) -> tuple[str, str | None]:
-    match = _LOCATION.match(text)
-    if match is None:
-        return text, None
-    message, path = match["message"], (match["path"] or "").removesuffix("[...]")
-    missing = re.search(r"missing required field `(\w+)`", message)
-    if missing:
-        path = f"{path}.{missing[1]}" if path else missing[1]
-    return message, path or None
+def render_messages(
+    messages: Sequence[ChatMessage],
+    model: ServedModel,
+    options: Mapping[str, bool],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt by the chat template. Raises UnprocessableError: it refuses the messages."""
+    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
+    try:
+        return model.tokenizer.render_chat(
+            plain, options=options, add_generation_prompt=add_generation_prompt
+        )
+    except ChatTemplateError as error:
+        raise UnprocessableError(str(error), "messages") from error
 
 
-def _check_supported(request: ChatCompletionRequest) -> None:
-    for name, harmless in _UNSUPPORTED.items():
-        value = getattr(request, name)
-        if value is not None and value not in harmless:
-            raise BadRequestError(
-                f"{name}: not supported by this server{_shown(value)}", name, "unsupported_parameter"
-            )
-    for index, message in enumerate(request.messages):
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Refuse what messages may hold and is not supported."""
+    for index, message in enumerate(messages):
         for field in ("audio", "function_call", "tool_calls"):
             if getattr(message, field):
                 name = f"messages[{index}].{field}"
@@ -152,12 +134,6 @@ def _check_combinations(request: ChatCompletionRequest) -> None:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
-
-
-def _shown(value: Any) -> str:
-    """The value if it is short; an object or array may be anything."""
-    is_short = isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
-    return f" with value {value!r}" if is_short else ""
 
 
 def _plain_message(index: int, message: ChatMessage) -> dict[str, str]:
@@ -184,32 +160,13 @@ def _part_text(index: int, number: int, part: TextPart) -> str:
     return part.text
 
 
-def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
 def _sampling(request: ChatCompletionRequest, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
-    options = SamplingOptions(
+    return settle_sampling(
+        request,
+        model,
+        num_prompt_tokens,
         max_tokens=request.max_completion_tokens or request.max_tokens,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p or 0.0,
-        min_tokens=request.min_tokens or 0,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=request.logit_bias or {},
-        allowed_token_ids=request.allowed_token_ids,
-        bad_words=request.bad_words or (),
-        ignore_eos=bool(request.ignore_eos),
-        stop_token_ids=request.stop_token_ids or (),
-        seed=request.seed,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_field="messages",
+        length_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
     )
-    try:
-        return options.resolve(model, num_prompt_tokens)
-    except ContextLengthError as error:
-        answer_length = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-        param = "messages" if error.parameter == "prompt" else answer_length
-        raise BadRequestError(f"{param}: {error}", param, "context_length_exceeded") from error

@@ -26,12 +26,13 @@ async def run_choices(start: Callable[[int], Stream[T]], count: int) -> Stream[t
                 break
         else:
             return
-        async with aclosing(_merged([first, *map(start, range(1, count))])) as merged:
+        async with aclosing(run_all([first, *map(start, range(1, count))])) as merged:
             async for numbered in merged:
                 yield numbered
 
 
-async def _merged(streams: Sequence[Stream[T]]) -> Stream[tuple[int, T]]:
+async def run_all(streams: Sequence[Stream[T]]) -> Stream[tuple[int, T]]:
+    """What the streams yield, each with its stream's place, as it comes; ends as `run_choices` does."""
     items: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
 
     async def pump(number: int, stream: Stream[T]) -> None:

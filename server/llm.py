@@ -28,8 +28,9 @@ from nybble.engine.errors import InvalidRequestError, RequestFailedError
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import FinishReason, Request, RequestFailed, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
+from nybble.server.sampling_fields import MAX_CHOICES
 from nybble.server.sampling_options import SamplingOptions, choice_sampling
-from nybble.server.schemas import MAX_CHOICES, LogprobEntry
+from nybble.server.schemas import LogprobEntry
 from nybble.server.served_model import ServedModel, describe_model
 from nybble.server.text_stream import TextStream
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nybble.engine.errors import ConfigError
 from nybble.engine.messages import EngineReady
 from nybble.engine.model_config import read_json_object
 from nybble.engine.tokenizer import Tokenizer
+from nybble.server.errors import BadRequestError, NotFoundError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,20 @@ class ServedModel:
     stop_token_ids: tuple[int, ...]
     sampling_defaults: SamplingDefaults
     created: int
+
+    def check_name(self, name: str) -> None:
+        """Raises NotFoundError: a request names another model."""
+        if name != self.name:
+            message = f"the model {name!r} is not served here; this is {self.name!r}"
+            raise NotFoundError(message, "model", "model_not_found")
+
+    def check_token_ids(self, token_ids: Sequence[int], field: str) -> tuple[int, ...]:
+        """The ids. Raises BadRequestError: one of `field` is no token."""
+        for place, token_id in enumerate(token_ids):
+            if not self.tokenizer.has_token_id(token_id):
+                message = f"{field}: token id {token_id}, at position {place}, is not in the vocabulary"
+                raise BadRequestError(message, field)
+        return tuple(token_ids)
 
 
 def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -> ServedModel:

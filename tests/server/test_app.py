@@ -360,7 +360,7 @@ def test_refused_before_the_engine(
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions", "/v1/chat", "/v2/models", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/edits", "/v1/chat", "/v2/models", "/docs"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_no_such_route(model: ServedModel, path: str, method: str) -> None:
     error = _error(_request(ScriptedEngine([]), model, method, path), 404)

@@ -1,0 +1,55 @@
+"""From a request's bytes to a checked struct, or an error that names the field at fault."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from nybble.server.errors import BadRequestError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+# msgspec ends its messages with " - at `$.messages[0].content`" or " - at `key` in `$.logit_bias`".
+_LOCATION = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode and check types and ranges; BadRequestError names the field."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, param = _split_location(str(error))
+        raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise BadRequestError("the request body is nested too deeply", code="invalid_json") from error
+
+
+def check_supported(request: msgspec.Struct, unsupported: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse each field of `unsupported` that holds a value other than null and those that change nothing."""
+    for name, harmless in unsupported.items():
+        value = getattr(request, name)
+        if value is not None and value not in harmless:
+            message = f"{name}: not supported by this server{_shown(value)}"
+            raise BadRequestError(message, name, "unsupported_parameter")
+
+
+def _split_location(text: str) -> tuple[str, str | None]:
+    match = _LOCATION.match(text)
+    if match is None:
+        return text, None
+    message, path = match["message"], (match["path"] or "").removesuffix("[...]")
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+    return message, path or None
+
+
+def _shown(value: Any) -> str:
+    """The value if it is short; an object or array may be anything."""
+    is_short = isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 40)
+    return f" with value {value!r}" if is_short else ""
