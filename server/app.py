@@ -45,8 +45,9 @@ from nybble.server.errors import (
 )
 from nybble.server.key_gate import KeyGate, visit_of
 from nybble.server.metered_engine import MeteredEngine, own_salt
+from nybble.server.openapi import describe_api
 from nybble.server.replay_store import ReplayStore
-from nybble.server.schemas import ChatCompletionRequest, Model, ModelList
+from nybble.server.schemas import ChatCompletionRequest, Model, ModelList, Status, Version
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 from nybble.server.text_completion import TextCompletionRun
@@ -74,6 +75,7 @@ def create_app(
             Route("/tokenize", api.tokenize, methods=["POST"]),
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/version", api.version),
+            Route("/openapi.json", api.openapi),
             Route("/health", api.health),
         ],
         exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
@@ -88,6 +90,7 @@ class _API:
         self._engine = engine
         self._model = model
         self._config = config
+        self._description = describe_api()
         self._replay = ReplayStore(model.tokenizer, config.max_replay_tokens)
 
     async def chat_completions(self, request: Request) -> Response:
@@ -131,12 +134,15 @@ class _API:
         return _json_response(self._model_object())
 
     async def version(self, request: Request) -> Response:
-        return _json_response({"version": version("nybble")})
+        return _json_response(Version(version("nybble")))
+
+    async def openapi(self, request: Request) -> Response:
+        return _json_response(self._description)
 
     async def health(self, request: Request) -> Response:
         if not self._engine.is_alive:
             raise UnavailableError("the engine is not running")
-        return _json_response({"status": "ok"})
+        return _json_response(Status())
 
     def _model_object(self) -> Model:
         model = self._model

@@ -202,3 +202,22 @@ class Model(Struct, frozen=True):
 class ModelList(Struct, frozen=True):
     data: list[Model]
     object: Literal["list"] = "list"
+
+
+class Version(Struct, frozen=True):
+    version: str
+
+
+class Status(Struct, frozen=True):
+    status: Literal["ok"] = "ok"
+
+
+class ErrorObject(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Struct, frozen=True):
+    error: ErrorObject
