@@ -84,8 +84,8 @@ def rank_target(rank: StartedRank) -> BenchTarget:
 
 
 def num_cache_tokens(case: BenchCase, block_size: int) -> int:
-    """Of the blocks that a case fills."""
-    return case.batch * -(-case.length // block_size) * block_size
+    """Of the blocks that a case fills, and of one more a sequence, without which the scheduler admits none."""
+    return case.batch * (-(-case.length // block_size) + 1) * block_size
 
 
 def _with_max_num_seqs(config: EngineConfig, max_num_seqs: int) -> EngineConfig:

@@ -26,11 +26,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> BenchTarget:
 def test_the_null_model_has_room_for_its_largest_case_exactly() -> None:
     cases = [BenchCase(4, 15, 2), BenchCase(2, 100, 4)]
     target = null_target(CONFIG, cases)
-    assert target.num_cache_tokens == 2 * 112
+    assert target.num_cache_tokens == 2 * (7 + 1) * 16
     for case in cases:
         target.check(case)
-        assert measure(target.make_engine(case.batch), case, 1, num_token_ids=100).stats.num_preemptions == 0
-    with pytest.raises(OptionError, match=r"needs a KV cache of 240 tokens, but it has 224"):
+        result = measure(target.make_engine(case.batch), case, 1, num_token_ids=100)
+        assert result.stats.num_preemptions == 0
+        assert result.num_steps == case.output_length  # all run at once
+    with pytest.raises(OptionError, match=r"needs a KV cache of 320 tokens, but it has 256"):
         target.check(BenchCase(5, 40, 4))
 
 
@@ -72,6 +74,6 @@ def test_a_checkpoint(tiny: BenchTarget) -> None:
     assert tiny.num_cache_tokens % 16 == 0 and tiny.num_token_ids == 160
 
 
-def test_num_cache_tokens_counts_whole_blocks() -> None:
-    assert num_cache_tokens(BenchCase(3, 15, 1), 16) == 48
-    assert num_cache_tokens(BenchCase(3, 16, 1), 16) == 96
+def test_num_cache_tokens_counts_whole_blocks_and_one_to_grow_into() -> None:
+    assert num_cache_tokens(BenchCase(3, 15, 1), 16) == 3 * 2 * 16
+    assert num_cache_tokens(BenchCase(3, 16, 1), 16) == 3 * 3 * 16

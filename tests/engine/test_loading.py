@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from rank_engine import Case, Tokens, generate
+from rank_engine import Case, Generated, Tokens, generate
 from ranks import rank_processes
 from running import TINY_CACHE_GIB, random_prompt, request, run, tiny_config, tiny_engine
 from scripted_drafter import ScriptedDrafter
@@ -165,7 +165,8 @@ def split_runs(ranked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[S
         file.write_bytes(msgspec.json.encode([_case(ranked, split) for split in splits]))
         with rank_processes("rank_engine.py", [[str(file)]] * num_ranks, directory, len(splits)) as ranks:
             output, *_ = [rank.finish() for rank in ranks]
-        return dict(zip(splits, msgspec.json.decode(output, type=list[Tokens]), strict=True))
+        found = msgspec.json.decode(output, type=list[Generated])
+        return {split: generated.tokens for split, generated in zip(splits, found, strict=True)}
 
     return {split: found for num_ranks in (2, 4) for split, found in runs(num_ranks).items()}
 
@@ -194,4 +195,4 @@ def test_on_several_ranks(split: Split, split_runs: dict[Split, Tokens]) -> None
 def test_pipeline_stages_give_the_tokens_of_one_rank(ranked: Path, split_runs: dict[Split, Tokens]) -> None:
     """They add nothing up. Tensor-parallel ranks do, in another order than one rank."""
     case = _case(ranked, Split())
-    assert split_runs[Split(1, 1, 2)] == generate(tiny_engine(case.config), case)
+    assert split_runs[Split(1, 1, 2)] == generate(tiny_engine(case.config), case).tokens
