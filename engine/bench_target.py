@@ -84,7 +84,7 @@ def rank_target(rank: StartedRank) -> BenchTarget:
 
 
 def num_cache_tokens(case: BenchCase, block_size: int) -> int:
-    """Of the blocks that a case fills, and of one more a sequence, without which the scheduler admits none."""
+    """Of the blocks that a case fills, and one more a sequence, without which the scheduler admits none."""
     return case.batch * (-(-case.length // block_size) + 1) * block_size
 
 
