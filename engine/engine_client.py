@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,18 @@ class EngineClient(Protocol):
         """
 
 
+class ObservedEngine(EngineClient, Protocol):
+    """An engine that can be watched."""
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """Its last word about itself; None before the first."""
+
+    @property
+    def last_token_time(self) -> float | None:
+        """When its last token came, by `time.monotonic`."""
+
+
 class SubprocessEngine:
     """An `EngineClient` whose engine is a child process, started again when it dies.
 
@@ -84,7 +97,8 @@ class SubprocessEngine:
         self._supervisor: asyncio.Task[None] | None = None
         self._is_alive = False
         self._first_ready: EngineReady | None = None
-        self.stats: EngineStats | None = None  # the engine's last word about itself
+        self.stats: EngineStats | None = None
+        self.last_token_time: float | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -212,7 +226,10 @@ class SubprocessEngine:
     def _deliver(self, message: FromEngine) -> None:
         if isinstance(message, EngineStats):
             self.stats = message
-        elif isinstance(message, EngineFailed):
+            return
+        if isinstance(message, TokenEvent):
+            self.last_token_time = time.monotonic()
+        if isinstance(message, EngineFailed):
             logger.error("the engine cannot go on: %s", message.message)
         elif isinstance(message, TokenEvent | RequestFailed | RequestRefused):
             queue = self._streams.get(message.request_id)  # None: aborted meanwhile

@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from nybble.engine.engine_client import EngineClient
+from nybble.engine.engine_client import EngineClient, ObservedEngine
 from nybble.engine.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -45,9 +45,10 @@ from nybble.server.errors import (
 )
 from nybble.server.key_gate import KeyGate, visit_of
 from nybble.server.metered_engine import MeteredEngine, own_salt
+from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
 from nybble.server.replay_store import ReplayStore
-from nybble.server.schemas import ChatCompletionRequest, Model, ModelList, Status, Version
+from nybble.server.schemas import ChatCompletionRequest, Model, ModelList, Version
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 from nybble.server.text_completion import TextCompletionRun
@@ -61,7 +62,7 @@ _Chunks = AsyncGenerator[Any, None]
 
 
 def create_app(
-    engine: EngineClient, model: ServedModel, config: ServerConfig, access: Access | None = None
+    engine: ObservedEngine, model: ServedModel, config: ServerConfig, access: Access | None = None
 ) -> Starlette:
     """The API over `engine`, which tests may script; open to all where `access` is None."""
     api = _API(engine, model, config)
@@ -76,7 +77,7 @@ def create_app(
             Route("/detokenize", api.detokenize, methods=["POST"]),
             Route("/version", api.version),
             Route("/openapi.json", api.openapi),
-            Route("/health", api.health),
+            *Monitoring(engine, model.name, config.ready_timeout).routes(),
         ],
         exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
         middleware=[Middleware(KeyGate, access=access)] if access else [],
@@ -138,11 +139,6 @@ class _API:
 
     async def openapi(self, request: Request) -> Response:
         return _json_response(self._description)
-
-    async def health(self, request: Request) -> Response:
-        if not self._engine.is_alive:
-            raise UnavailableError("the engine is not running")
-        return _json_response(Status())
 
     def _model_object(self) -> Model:
         model = self._model

@@ -63,6 +63,7 @@ OPERATIONS = (
     Operation("post", "/detokenize", "Token ids to text", DetokenizeAnswer, DetokenizeRequest),
     Operation("get", "/version", "The version of Nybble", Version),
     Operation("get", "/health", "Whether the engine runs", Status),
+    Operation("get", "/ready", "Whether the engine decodes", Status),
 )
 
 

@@ -33,6 +33,9 @@ class ServerConfig:
     ssl_keyfile: str | None = field(
         default=None, metadata={"help": "PEM file of its private key (default: in the certificate's file)"}
     )
+    ready_timeout: int = field(
+        default=10, metadata={"help": "seconds within which the engine must give a token to be called ready"}
+    )
     max_body_bytes: int = field(default=16 << 20, metadata={"help": "largest request body that is read"})
     shutdown_timeout: int = field(
         default=30, metadata={"help": "seconds that open requests may go on after SIGTERM"}

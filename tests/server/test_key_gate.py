@@ -124,6 +124,20 @@ def test_keys_have_turns_and_prefix_caches_of_their_own(
     assert len({request.cache_salt for request in engine.requests}) == 6
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_completions_are_a_keys_own_and_charged(
+    model: ServedModel, access: Access, ledger: UsageLedger, is_stream: bool
+) -> None:
+    engine = ScriptedEngine([65])
+    app = create_app(engine, model, ServerConfig(), access)
+    for name in ("ann", "bob"):
+        body = {"model": "tiny", "prompt": ["hi", "you"], "stream": is_stream}
+        assert ask(app, "POST", "/v1/completions", name, json=body).status_code == 200
+    assert [request.tenant for request in engine.requests] == ["ann"] * 2 + ["bob"] * 2
+    assert {request.cache_salt for request in engine.requests} == {"ann:", "bob:"}
+    assert {name: use.tokens for name, use in ledger.sums(1).items()} == {"ann": 7, "bob": 7}
+
+
 def test_answers_are_replayed_to_their_own_key_only(model: ServedModel, access: Access) -> None:
     """The model spelled "hi" as two tokens; who did not get that answer is tokenized as usual."""
     engine = ScriptedEngine([*b"hello", model.stop_token_ids[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +57,7 @@ class ScriptedEngine:
         self.is_alive = is_alive
         self._explanation = explanation
         self.stats: EngineStats | None = None
+        self.last_token_time: float | None = None
         self.requests: list[Request] = []
         self.num_emitted = 0
         self.aborts: list[str] = []
@@ -79,6 +81,7 @@ class ScriptedEngine:
                         raise step
                     case Emit() | int():
                         self.num_emitted += 1
+                        self.last_token_time = time.monotonic()
                         yield self._event(request, step, is_last=is_finished)
         finally:
             if not is_finished:
