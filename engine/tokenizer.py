@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,19 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer
 
 from nybble.engine.errors import CheckpointError, InvalidRequestError, NybbleError
+from nybble.engine.token_marks import TokenMarks
 
 
 class ChatTemplateError(NybbleError):
     """The chat template cannot render these messages."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A rendered chat, and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
 
 
 class Tokenizer:
@@ -44,6 +54,7 @@ class Tokenizer:
         self._num_tokens = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._bytes_of_token: dict[int, bytes] = {}  # of those asked for
         self._bytes_of_character = _bytes_of_characters()
+        self._reserved_names = self._find_reserved_names()
         self._check_byte_level(directory)
         self._check_template(directory)
 
@@ -64,6 +75,54 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the prompt is not text: {error}", "prompt") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text in which nothing is a special or otherwise added token."""
+        backend = self._tokenizer.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        splitter = backend.pre_tokenizer
+        pieces = [(text, None)] if splitter is None else splitter.pre_tokenize_str(text)
+        return tuple(token.id for piece, _ in pieces for token in backend.model.tokenize(piece))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, bool] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> ChatPrompt:
+        """The rendered prompt, of which special tokens are only those that the template itself writes.
+
+        What messages and tools hold is text, whatever it looks like, but for a switch that the template
+        looks for in it (/nothink) and the tags of a thought in an assistant's content. Arguments and errors
+        are those of `render_chat` and `encode`.
+        """
+        marks = TokenMarks(self._reserved_names)
+        marked_messages = marks.mark_messages(messages)
+        marked_tools = [marks.mark_value(tool) for tool in tools]
+        text = self.render_chat(
+            marked_messages, marked_tools, options, add_generation_prompt=add_generation_prompt
+        )
+        plain = text.replace(marks.mark, "")
+        if plain == text:
+            return ChatPrompt(text, self.encode(text))
+        return ChatPrompt(plain, self._encode_marked(text, marks.mark))
+
+    def _encode_marked(self, text: str, mark: str) -> tuple[int, ...]:
+        """As `encode` does it, sections between added tokens one by one; those with marks as plain text."""
+        self.encode(text)  # refuses what is no text
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        token_ids, done = list[int](), 0
+        for token_id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            if token_id in self._added:
+                token_ids += [*self._encode_section(text[done:start], mark), token_id]
+                done = end
+        return (*token_ids, *self._encode_section(text[done:], mark))
+
+    def _encode_section(self, text: str, mark: str) -> tuple[int, ...]:
+        return self.encode_text(text.replace(mark, "")) if mark in text else self.encode(text)
 
     def render_chat(
         self,
@@ -128,6 +187,12 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"token id {token_id} is not in the vocabulary")
         return bytes(self._bytes_of_character[character] for character in token)
+
+    def _find_reserved_names(self) -> list[str]:
+        """Of added tokens that control the model: special ones and tags, but for what a user may switch."""
+        names = [token.content for token in self._added.values() if token.special or token.content[:1] == "<"]
+        switches = {name for name in ("/nothink",) if name in str(self._tokenizer.chat_template)}
+        return [name for name in names if name not in switches]
 
     def _check_template(self, directory: Path) -> None:
         if self.has_chat_template:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from nybble.engine.messages import SamplingParams
-from nybble.engine.tokenizer import ChatTemplateError
+from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError
 from nybble.server.errors import BadRequestError, UnprocessableError
 from nybble.server.replay_store import ReplayStore
 from nybble.server.request_body import check_supported, decode_body
@@ -77,9 +77,9 @@ def prepare_chat_request(
         BadRequestError: prompt and answer do not fit in the context.
     """
     model.check_name(request.model)
-    prompt = render_messages(request.messages, model, template_options(request))
+    prompt = prompt_of(request.messages, model, template_options(request))
     cache_salt = request.cache_salt or ""
-    prompt_token_ids = model.tokenizer.encode(prompt)
+    prompt_token_ids = prompt.token_ids
     if replay is not None:
         prompt_token_ids = replay.replayed(cache_salt, prompt_token_ids)
     return ChatRequest(
@@ -94,21 +94,21 @@ def prepare_chat_request(
         priority=request.priority or 0,
         timeout=request.timeout,
         has_thinking=has_thinking(model.tokenizer),
-        is_thinking=ends_in_thought(prompt),
+        is_thinking=ends_in_thought(prompt.text),
     )
 
 
-def render_messages(
+def prompt_of(
     messages: Sequence[ChatMessage],
     model: ServedModel,
     options: Mapping[str, bool],
     *,
     add_generation_prompt: bool = True,
-) -> str:
+) -> ChatPrompt:
     """The prompt by the chat template. Raises UnprocessableError: it refuses the messages."""
     plain = [_plain_message(index, message) for index, message in enumerate(messages)]
     try:
-        return model.tokenizer.render_chat(
+        return model.tokenizer.encode_chat(
             plain, options=options, add_generation_prompt=add_generation_prompt
         )
     except ChatTemplateError as error:

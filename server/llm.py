@@ -93,8 +93,8 @@ class LLM:
             ChatTemplateError: the template refuses the messages.
             InvalidRequestError: a prompt cannot be run; then none is.
         """
-        render = self._model.tokenizer.render_chat
-        return self.generate([render(messages) for messages in conversations], options, stop)
+        encode = self._model.tokenizer.encode_chat
+        return self.generate([encode(messages).token_ids for messages in conversations], options, stop)
 
     def _run(
         self, prompts: Sequence[tuple[int, ...]], options: SamplingOptions, stop: Sequence[str]

@@ -74,7 +74,7 @@ class ReplayStore:
             rest = wanted[done:].decode()
         except UnicodeDecodeError:
             return None
-        return [*kept, *self._tokenizer.encode(rest)]
+        return [*kept, *self._tokenizer.encode_text(rest)]
 
     def _bytes(self, token_ids: Sequence[int]) -> bytes:
         return b"".join(map(self._tokenizer.token_bytes, token_ids))

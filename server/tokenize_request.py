@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from nybble.server.chat_request import check_messages, render_messages
+from nybble.server.chat_request import check_messages, prompt_of
 from nybble.server.completion_schemas import (
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -60,6 +60,4 @@ def _token_ids(request: TokenizeRequest, model: ServedModel) -> tuple[int, ...]:
         {} if asked is None else {k: v for k, v in msgspec.structs.asdict(asked).items() if v is not None}
     )
     begun = request.add_generation_prompt is not False
-    return model.tokenizer.encode(
-        render_messages(request.messages, model, options, add_generation_prompt=begun)
-    )
+    return prompt_of(request.messages, model, options, add_generation_prompt=begun).token_ids
