@@ -88,7 +88,8 @@ def _listed_counts(counts: TokenCounts, drafts: Sequence[int]) -> tuple[np.ndarr
 
 
 def _allowed_of(rows: Sequence[_Row], num_rows: int, device: torch.device) -> Tensor | None:
-    masks = {row.number: row.rules.allowed_words for row in rows if row.rules.allowed_words is not None}
+    found = {row.number: row.rules.allowed_words(row.drafts) for row in rows}
+    masks = {number: mask for number, mask in found.items() if mask is not None}
     if not masks:
         return None
     words = np.full((num_rows, len(next(iter(masks.values())))), -1, dtype=np.int32)

@@ -15,8 +15,17 @@ import msgspec
 from nybble.engine.admission import AdmissionControl
 from nybble.engine.engine_stats import StatsRecorder
 from nybble.engine.errors import ContextLengthError, EngineBrokenError, InvalidRequestError
+from nybble.engine.grammar import Grammar
+from nybble.engine.grammar_compiler import GrammarCompiler
+from nybble.engine.grammar_state import GrammarState
 from nybble.engine.logit_rules import logit_rules
-from nybble.engine.messages import EngineStats, Request, RequestFailed, StepEvent, TokenEvent
+from nybble.engine.messages import (
+    EngineStats,
+    Request,
+    RequestFailed,
+    SamplingParams,
+    StepEvent,
+)
 from nybble.engine.removable_heap import RemovableHeap
 from nybble.engine.sampling_checks import check_sampling
 from nybble.engine.scheduler import Scheduler
@@ -75,8 +84,9 @@ class Engine:
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`clock` gives seconds, for deadlines and statistics."""
+        """`clock` gives seconds, for deadlines and statistics. `grammars` compiles those of requests."""
         self._runner = runner
         self._admission = AdmissionControl(limits.max_waiting)
         self._deadlines: RemovableHeap[str] = RemovableHeap()
@@ -87,6 +97,7 @@ class Engine:
         self._scheduler = scheduler
         self._limits = limits
         self._speculator = speculator
+        self._grammars = grammars
 
     @property
     def has_work(self) -> bool:
@@ -105,12 +116,18 @@ class Engine:
         sampling = request.sampling
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-        rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids)
+        grammar = self._start_grammar(sampling)
+        rules = logit_rules(request.prompt_token_ids, sampling, self._limits.num_token_ids, grammar)
         block_size, lookahead = self._limits.block_size, self._limits.block_lookahead
         self._scheduler.add(Sequence(request, sampling, block_size, rules, lookahead))
         self._recorder.request_added(request.request_id, len(request.prompt_token_ids))
         if request.deadline is not None:
             self._deadlines.put(request.request_id, now + request.deadline)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """So that a request with it can be added quickly. May be called from another thread."""
+        if self._grammars is not None:
+            self._grammars.compile(grammar)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
@@ -179,10 +196,20 @@ class Engine:
         if predicted is not None:
             self._runner.prepare(predicted)
 
-    def _take(self, plan: StepPlan, sampled: Sampled, start: float) -> list[TokenEvent]:
+    def _start_grammar(self, sampling: SamplingParams) -> GrammarState | None:
+        """Raises InvalidRequestError: it cannot be followed."""
+        grammar = sampling.grammar
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            raise InvalidRequestError(f"{grammar.parameter}: this engine has no grammars", grammar.parameter)
+        return self._grammars.start(grammar, sampling.stop_token_ids)
+
+    def _take(self, plan: StepPlan, sampled: Sampled, start: float) -> list[StepEvent]:
         """Note what a plan sampled that was launched at `start`."""
         drafts = self._speculator.draft(plan, sampled) if self._speculator else {}
         now = self._clock()
+        failed = self._end_failed(plan)
         events = self._scheduler.update(plan, sampled)
         self._scheduler.take_drafts(drafts)
         self._recorder.step_done(plan, now - start, events)
@@ -191,7 +218,17 @@ class Engine:
             if event.finish_reason is not None:
                 self._deadlines.remove(event.request_id)
                 self._admission.note_completed(now)
-        return events
+        return [*failed, *events]
+
+    def _end_failed(self, plan: StepPlan) -> list[RequestFailed]:
+        """End the requests of a step for which something else went wrong than the step."""
+        failed = []
+        for chunk in plan.sampling_chunks:
+            if chunk.rules is not None and chunk.rules.failure is not None:
+                self._end(chunk.request_id, "error")
+                message = f"the request was ended: {chunk.rules.failure}"
+                failed.append(RequestFailed(request_id=chunk.request_id, message=message, kind="internal"))
+        return failed
 
     def _expire(self) -> list[RequestFailed]:
         """End the requests whose time is over, waiting or running."""

@@ -21,6 +21,7 @@ from nybble.engine.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
+from nybble.engine.grammar_checker import GrammarChecker
 from nybble.engine.launch import engine_command, engine_environment
 from nybble.engine.launched_rank import is_launched
 from nybble.engine.messages import (
@@ -89,6 +90,7 @@ class SubprocessEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._grammars = GrammarChecker(config.checkpoint)
         self._can_restart = not is_launched()
         self.has_ended = asyncio.Event()
         self._streams: dict[str, asyncio.Queue[EngineEvent | None]] = {}  # None: the engine died
@@ -123,10 +125,13 @@ class SubprocessEngine:
                 await self._supervisor
         self._fail_open_requests()
         await self._end_process()
+        await self._grammars.stop()
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if not self._is_alive:
             raise EngineDeadError("the engine is not running")
+        if request.sampling.grammar is not None:
+            await self._grammars.check(request.sampling.grammar)
         queue: asyncio.Queue[EngineEvent | None] = asyncio.Queue()
         self._streams[request.request_id] = queue
         is_finished = False

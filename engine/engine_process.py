@@ -25,6 +25,7 @@ from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import EngineBrokenError, InvalidRequestError, NybbleError, QueueFullError
+from nybble.engine.grammar_queue import GrammarQueue
 from nybble.engine.launch import REFUSED, end_with_parent
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.lifeline import end_process
@@ -47,6 +48,7 @@ from nybble.engine.worker import Worker
 
 _STATS_INTERVAL = 1.0  # seconds
 _LIFELINE_TIME = 0.5  # seconds
+_GRAMMAR_WAIT = 0.01  # seconds, between looks for messages while a grammar is compiled and nothing else done
 
 logger = logging.getLogger("nybble.engine")
 
@@ -164,9 +166,12 @@ def serve(engine: Engine, channel: Channel[ToEngine]) -> None:
         EngineBrokenError: a step failed and no other can be run; the server has been told.
     """
     outbox = _Outbox(engine, channel)
+    grammars = GrammarQueue(engine.compile_grammar)
     while True:
-        for message in channel.poll() if engine.has_work else _wait(engine, channel):
-            outbox.events += _handle(message, engine)
+        for message in _messages(engine, channel, grammars):
+            outbox.events += _handle(message, engine, grammars)
+        for request in grammars.take_ready():
+            outbox.events += _add(request, engine)
         if engine.has_work:
             # A step's events go out while the next one is computed.
             step_events = engine.step(meanwhile=outbox.send)
@@ -197,17 +202,29 @@ class _Outbox:
         self.events = []
 
 
+def _messages(engine: Engine, channel: Channel[ToEngine], grammars: GrammarQueue) -> list[ToEngine]:
+    """Those that have come; with nothing to do, waits for some."""
+    if not engine.has_work:
+        if not grammars.has_work:
+            return _wait(engine, channel)
+        grammars.wait(_GRAMMAR_WAIT)
+    return channel.poll()
+
+
 def _wait(engine: Engine, channel: Channel[ToEngine]) -> list[ToEngine]:
     engine.check()
     channel.send([engine.stats()])
     return channel.receive()
 
 
-def _handle(message: ToEngine, engine: Engine) -> list[EngineEvent]:
+def _handle(message: ToEngine, engine: Engine, grammars: GrammarQueue) -> list[EngineEvent]:
     match message:
+        case Request() if message.sampling.grammar is not None:
+            grammars.put(message, message.sampling.grammar)
         case Request():
             return _add(message, engine)
         case Abort():
+            grammars.abort(message.request_id)
             engine.abort(message.request_id)
     return []
 

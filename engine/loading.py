@@ -23,6 +23,7 @@ from nybble.engine.drafter import Drafter, ModelDrafter
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
+from nybble.engine.grammar_compiler import GrammarCompiler
 from nybble.engine.hardware import Hardware, detect
 from nybble.engine.inventory import read_inventory
 from nybble.engine.kv_cache import allocate_kv_cache
@@ -185,7 +186,8 @@ def build_engine(
     if num_drafts:
         drafter = drafter or ModelDrafter(worker, group, geometry.block_size, thread)
         speculator = Speculator(drafter, num_drafts, time.perf_counter)
-    return Engine(runner, scheduler, preparation.limits, speculator=speculator)
+    grammars = GrammarCompiler(Path(config.checkpoint))
+    return Engine(runner, scheduler, preparation.limits, speculator=speculator, grammars=grammars)
 
 
 def load_engine(preparation: Preparation, drafter: Drafter | None = None) -> Engine:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nybble.engine.grammar_state import GrammarState
 from nybble.engine.messages import SamplingParams
 from nybble.engine.token_counts import TokenCounts
 
@@ -25,12 +26,18 @@ class ListedBias:
 
 
 class LogitRules:
-    """A request's bias, penalties, allowed tokens, bad words and least length.
+    """A request's bias, penalties, allowed tokens, grammar, bad words and least length.
 
     `drafts` in its methods are tokens that are assumed to follow those appended.
     """
 
-    def __init__(self, prompt_token_ids: Sequence[int], sampling: SamplingParams, num_token_ids: int) -> None:
+    def __init__(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_token_ids: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
         """Ids from num_token_ids on are never sampled; stop tokens there are left out."""
         self._min_tokens = sampling.min_tokens
         self._num_output_tokens = 0
@@ -40,7 +47,8 @@ class LogitRules:
         self._candidates = None if sampling.allowed_token_ids is None else set(sampling.allowed_token_ids)
         self._num_token_ids = num_token_ids
         self._listed: tuple[set[int], ListedBias | None] = (set(), _listed(self._bias))
-        self.allowed_words = _allowed_words(sampling.allowed_token_ids, num_token_ids)
+        self._listed_words = _allowed_words(sampling.allowed_token_ids, num_token_ids)
+        self._grammar = grammar
         self.counts = _counts(prompt_token_ids, sampling)
         self.penalties = (
             sampling.repetition_penalty,
@@ -54,6 +62,18 @@ class LogitRules:
         self._bad_words.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+        if self._grammar is not None:
+            self._grammar.append(token_id)
+
+    @property
+    def failure(self) -> str | None:
+        """Why what was sampled last must not be taken, if so."""
+        return None if self._grammar is None else self._grammar.failure
+
+    def allowed_words(self, drafts: Sequence[int] = ()) -> np.ndarray | None:
+        """int32 [ceil(num_token_ids / 32)]: a bit for each token that may be next, the lowest first. None for
+        all."""
+        return self._listed_words if self._grammar is None else self._grammar.allowed_words(drafts)
 
     def bias(self, drafts: Sequence[int] = ()) -> ListedBias | None:
         """Of the next token. The same one is returned as long as nothing changes."""
@@ -63,22 +83,34 @@ class LogitRules:
         return self._listed[1]
 
     def _banned(self, drafts: Sequence[int]) -> set[int]:
-        """Tokens that must not come next. Bad words give way where they leave no token."""
+        """Tokens that must not come next. Bad words give way where they leave no token, and the least length
+        where it leaves none that the grammar allows."""
         is_short = self._num_output_tokens + len(drafts) < self._min_tokens
-        stops = self._stop_ids if is_short else set[int]()
+        stops = self._stop_ids if is_short or self._is_before_grammar(drafts) else set[int]()
+        if stops and self._grammar is not None and not self._grammar.leaves_some(stops, drafts):
+            stops = set[int]()
         bad = self._bad_words.ends_after(drafts)
         if not bad:
             return stops
-        return stops | bad if self._leaves_some(stops | bad) else stops
+        return stops | bad if self._leaves_some(stops | bad, drafts) else stops
 
-    def _leaves_some(self, banned: set[int]) -> bool:
+    def _is_before_grammar(self, drafts: Sequence[int]) -> bool:
+        """Whether the part of the answer that has a grammar is still to come."""
+        return self._grammar is not None and not self._grammar.has_begun(drafts)
+
+    def _leaves_some(self, banned: set[int], drafts: Sequence[int]) -> bool:
+        if self._grammar is not None:
+            return self._grammar.leaves_some(banned, drafts)
         if self._candidates is None:
             return len(banned) < self._num_token_ids
         return not self._candidates <= banned
 
 
 def logit_rules(
-    prompt_token_ids: Sequence[int], sampling: SamplingParams, num_token_ids: int
+    prompt_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    num_token_ids: int,
+    grammar: GrammarState | None = None,
 ) -> LogitRules | None:
     """A request's rules, or None if it changes nothing, so that it costs nothing."""
     has_rules = (
@@ -87,8 +119,9 @@ def logit_rules(
         or sampling.bad_words
         or sampling.allowed_token_ids is not None
         or _has_penalties(sampling)
+        or grammar is not None
     )
-    return LogitRules(prompt_token_ids, sampling, num_token_ids) if has_rules else None
+    return LogitRules(prompt_token_ids, sampling, num_token_ids, grammar) if has_rules else None
 
 
 class _BadWords:

@@ -7,6 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from nybble.engine.engine_config import EngineConfig
+from nybble.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -20,7 +21,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
 
     Penalties and logit_bias, pairs of token id and number, are defined in `kernels/logit_adjustments.py`.
     allowed_token_ids, if given, are all that can come. Of bad_words, lists of tokens, none comes whole in an
-    output, unless nothing else is left. A stop token does not come before there are min_tokens tokens.
+    output, unless nothing else is left. A stop token does not come before there are min_tokens tokens. Both
+    give way to a grammar that leaves nothing else.
     """
 
     max_tokens: int
@@ -38,6 +40,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class Request(Struct, frozen=True, kw_only=True, tag=True):

@@ -20,6 +20,10 @@ def check_sampling(sampling: SamplingParams, num_token_ids: int) -> None:
     """Raises InvalidRequestError, which names the parameter at fault."""
     _check_ranges(sampling)
     _check_lists(sampling, num_token_ids)
+    if sampling.grammar is not None and sampling.allowed_token_ids is not None:
+        raise InvalidRequestError(
+            f"allowed_token_ids: not together with {sampling.grammar.parameter}", "allowed_token_ids"
+        )
     _check_some_token_is_left(sampling, num_token_ids)
 
 

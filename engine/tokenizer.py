@@ -154,6 +154,11 @@ class Tokenizer:
             raise ChatTemplateError(f"the chat template refuses the messages: {error}") from error
         return prompt
 
+    def added_token_id(self, text: str) -> int | None:
+        """Of a token that the checkpoint adds, such as `</think>`; None if it has none of that text."""
+        found = (token_id for token_id, token in self._added.items() if token.content == text)
+        return next(found, None)
+
     def is_special(self, token_id: int) -> bool:
         """Whether a token is control, such as an end of turn, and no part of the text."""
         return token_id in self._special_ids

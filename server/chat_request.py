@@ -10,6 +10,7 @@ import msgspec
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError
 from nybble.server.errors import BadRequestError, UnprocessableError
+from nybble.server.grammar_request import asked_grammar, thought_end
 from nybble.server.replay_store import ReplayStore
 from nybble.server.request_body import check_supported, decode_body
 from nybble.server.sampling_fields import settle_sampling, stop_strings
@@ -28,7 +29,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
@@ -84,7 +84,7 @@ def prepare_chat_request(
         prompt_token_ids = replay.replayed(cache_salt, prompt_token_ids)
     return ChatRequest(
         prompt_token_ids=prompt_token_ids,
-        sampling=_sampling(request, model, len(prompt_token_ids)),
+        sampling=_sampling(request, model, prompt_token_ids),
         num_choices=request.n or 1,
         stop_strings=stop_strings(request),
         cache_salt=cache_salt,
@@ -160,13 +160,16 @@ def _part_text(index: int, number: int, part: TextPart) -> str:
     return part.text
 
 
-def _sampling(request: ChatCompletionRequest, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
+def _sampling(
+    request: ChatCompletionRequest, model: ServedModel, prompt_token_ids: tuple[int, ...]
+) -> SamplingParams:
     return settle_sampling(
         request,
         model,
-        num_prompt_tokens,
+        len(prompt_token_ids),
         max_tokens=request.max_completion_tokens or request.max_tokens,
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_field="messages",
         length_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
+        grammar=asked_grammar(request, thought_end(model.tokenizer, prompt_token_ids)),
     )

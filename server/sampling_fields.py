@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from nybble.engine.errors import ContextLengthError
+from nybble.engine.grammar import Grammar
 from nybble.engine.messages import SamplingParams
 from nybble.server.errors import BadRequestError
 from nybble.server.sampling_options import SamplingOptions
@@ -60,6 +61,7 @@ def settle_sampling(
     num_logprobs: int | None,
     prompt_field: str,
     length_field: str,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Settle every default. max_tokens None: all the room that the prompt leaves.
 
@@ -83,6 +85,7 @@ def settle_sampling(
         stop_token_ids=fields.stop_token_ids or (),
         seed=fields.seed,
         num_logprobs=num_logprobs,
+        grammar=grammar,
     )
     try:
         return options.resolve(model, num_prompt_tokens)

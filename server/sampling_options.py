@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from nybble.engine.errors import ContextLengthError
+from nybble.engine.grammar import Grammar
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.served_model import ServedModel
@@ -46,6 +47,7 @@ class SamplingOptions:
     stop_token_ids: Sequence[int] = ()
     seed: int | None = None
     num_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def resolve(self, model: ServedModel, num_prompt_tokens: int) -> SamplingParams:
         """Settle every default. Raises ContextLengthError if prompt and answer do not fit."""
@@ -76,6 +78,7 @@ class SamplingOptions:
             seed=None if self.seed is None else self.seed & _MASK63,
             stop_token_ids=tuple(dict.fromkeys((*end_ids, *self.stop_token_ids))),
             num_logprobs=self.num_logprobs,
+            grammar=self.grammar,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from nybble.server.grammar_fields import Answers, GrammarText, ResponseFormat, StructuredOutputs
 from nybble.server.sampling_fields import PositiveInt, SamplingFields
 
 MAX_TOP_LOGPROBS = 20
@@ -79,6 +80,12 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     reasoning: ReasoningOptions | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: ThinkingOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Answers | None = None
+    guided_grammar: GrammarText | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None
     function_call: Any = None
@@ -87,7 +94,6 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     prompt_logprobs: int | None = None
-    response_format: Any = None
     skip_special_tokens: bool | None = None
     thinking_token_budget: Any = None
     tool_choice: Any = None

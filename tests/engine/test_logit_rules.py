@@ -108,7 +108,8 @@ def test_bias_and_bans_are_those_of_the_definition(
 def test_allowed_tokens_are_bits(num_tokens: int) -> None:
     allowed = tuple(range(0, num_tokens, 3))
     rules = logit_rules((), SamplingParams(max_tokens=1, allowed_token_ids=allowed), num_tokens)
-    assert rules is not None and rules.allowed_words is not None
-    assert rules.allowed_words.dtype == "int32"
-    bits = [int(word) >> bit & 1 for word in rules.allowed_words for bit in range(32)]
+    assert rules is not None
+    words = rules.allowed_words()
+    assert words is not None and words.dtype == "int32"
+    bits = [int(word) >> bit & 1 for word in words for bit in range(32)]
     assert [token_id for token_id, bit in enumerate(bits) if bit] == list(allowed)

@@ -153,8 +153,6 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"thinking_token_budget": 10}, "thinking_token_budget"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": _FUNCTION}]}, "tools"),

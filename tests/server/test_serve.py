@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import psutil
 import pytest
@@ -41,7 +42,9 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = self.process.children()
+        """Beside which there may be the process that checks grammars."""
+        name = "nybble.engine.engine_process"
+        (child,) = (child for child in self.process.children() if name in child.cmdline())
         return child
 
 
@@ -113,6 +116,81 @@ def test_names_paris(client: openai.OpenAI) -> None:
     completion = client.chat.completions.create(model=MODEL, messages=FRANCE, temperature=0)
     assert "Paris" in content(completion)
     assert completion.choices[0].finish_reason == "stop"
+
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "population": {"type": "integer", "maximum": 99},
+    },
+    "required": ["city", "population"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("strict", [True, None])
+def test_an_answer_by_a_schema(client: openai.OpenAI, strict: bool | None) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": strict}}
+    completion = ask(client, "The capital of France, as JSON?", max_tokens=200, response_format=asked)
+    answer = json.loads(content(completion))
+    jsonschema.validate(answer, CITY)
+    assert completion.choices[0].finish_reason == "stop"
+
+
+def test_answers_that_are_json_objects(client: openai.OpenAI) -> None:
+    """Streamed and not, several at once."""
+    options: dict[str, Any] = {"response_format": {"type": "json_object"}, "max_tokens": 60}
+    completion = ask(client, "Name a colour as JSON.", n=2, **options)
+    texts = [(choice.message.content or "", choice.finish_reason) for choice in completion.choices]
+    for answer, finish_reason in [*texts, stream_text(client, "Name a colour as JSON.", **options)]:
+        assert answer.lstrip().startswith("{")
+        assert finish_reason == "length" or isinstance(json.loads(answer), dict)
+
+
+@pytest.mark.parametrize(
+    ("field", "asked", "pattern"),
+    [
+        ("guided_regex", "[a-f]{3}-[0-9]{2}", "[a-f]{3}-[0-9]{2}"),
+        ("guided_choice", ["red", "dark blue", 'a "quoted" one'], 'red|dark blue|a "quoted" one'),
+        ("guided_grammar", 'start: "a" ("b" | "c")~2', "a[bc]{2}"),
+        ("guided_grammar", 'root ::= "x" [0-9] "y"?', "x[0-9]y?"),
+        ("structured_outputs", {"regex": "no|yes"}, "no|yes"),
+        ("structured_outputs", {"json": {"const": [1, 2]}}, r"\s*\[\s*1\s*,\s*2\s*\]\s*"),
+    ],
+)
+def test_answers_of_vllms_forms(client: openai.OpenAI, field: str, asked: object, pattern: str) -> None:
+    completion = ask(client, "Say something.", extra_body={field: asked})
+    assert re.fullmatch(pattern, content(completion)), content(completion)
+    assert completion.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "(unclosed"}, "guided_regex"),
+        ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"type": "x"}},
+                }
+            },
+            "response_format.json_schema.schema",
+        ),
+        ({"guided_regex": "a" * 300_000}, "guided_regex"),
+    ],
+)
+def test_a_bad_grammar_disturbs_nobody(client: openai.OpenAI, fields: dict[str, object], param: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(ask, client, "Count to ten.", max_tokens=10)
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, "Say something.", extra_body=fields)
+        assert caught.value.param == param
+        assert len(content(good.result())) > 0
+    assert ask(client, "Say yes.", extra_body={"guided_choice": ["yes"]}).choices[0].message.content == "yes"
 
 
 def test_lists_the_model(client: openai.OpenAI) -> None:
