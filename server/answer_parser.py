@@ -1,12 +1,22 @@
-"""Tells a model's thought from its answer."""
+"""Tells a model's thought from its answer, and both from its tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from nybble.server.argument_types import ArgumentTypes
 from nybble.server.tag_splitter import TagSplitter
+from nybble.server.tool_call_parser import (
+    CALL,
+    CALL_TAGS,
+    CallArguments,
+    CallPiece,
+    CallStart,
+    Stray,
+    ToolCallParser,
+)
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -21,7 +31,15 @@ class Content:
     text: str
 
 
-Piece = Reasoning | Content
+Piece = Reasoning | Content | CallStart | CallArguments
+
+
+@dataclass(frozen=True)
+class CallRules:
+    """How an answer may call tools."""
+
+    types_of_tool: Callable[[str], ArgumentTypes]
+    is_parallel: bool = True  # else the answer is over after one call
 
 
 class AnswerParser:
@@ -30,15 +48,21 @@ class AnswerParser:
     A thought is at the start: the prompt has opened it, or the text does after nothing but white space.
     It ends at its end tag. A tag that says again what has just been said is dropped, any other is text.
 
-    White space around a thought is dropped, as chat templates drop it when the turn comes back.
+    White space around a thought is dropped, as chat templates drop it when the turn comes back; so is white
+    space around calls. A call ends a thought. What is no call is text, and text within a call content.
     """
 
-    def __init__(self, has_thinking: bool, is_open: bool) -> None:
+    def __init__(self, has_thinking: bool, is_open: bool, calls: CallRules | None = None) -> None:
         """has_thinking: whether the model has tags for thoughts; is_open: whether the prompt ends in one."""
-        self._splitter = TagSplitter((THINK, END_THINK) if has_thinking else ())
+        tags = (THINK, END_THINK) if has_thinking else ()
+        self._splitter = TagSplitter((*tags, *(CALL_TAGS if calls else ())))
+        self._calls = calls
+        self._call: ToolCallParser | None = None  # the one that is open
         self._state: Literal["start", "thought", "answer"] = "thought" if is_open else "start"
         self._is_at_start = True  # of the thought or answer: nothing but white space yet
         self._space = ""  # held back: it may be an edge
+        self.has_calls = False
+        self.is_over = False  # nothing more is read
         if not has_thinking:
             self._state = "answer"
             self._is_at_start = False
@@ -48,16 +72,59 @@ class AnswerParser:
         return self._state == "thought"
 
     def feed(self, text: str) -> list[Piece]:
-        return _joined(piece for part in self._splitter.feed(text) for piece in self._take(part))
+        return _joined(self._take_all(self._splitter.feed(text)))
 
-    def finish(self) -> list[Piece]:
-        """The text ended."""
-        pieces = [piece for part in self._splitter.finish() for piece in self._take(part)]
-        if self._state == "start" and self._space:
+    def finish(self, is_cut: bool = False) -> list[Piece]:
+        """The text ended; is_cut: not by the model."""
+        pieces = list(self._take_all(self._splitter.finish()))
+        if self._call is not None:
+            pieces += self._end_call(self._call, is_cut)
+        if self._state != "thought" and self._space and not self.is_over:
             pieces.append(Content(self._space))
         return _joined(pieces)
 
+    def _take_all(self, parts: Iterable[str]) -> Iterator[Piece]:
+        for part in parts:
+            if not self.is_over:
+                yield from self._take(part)
+
     def _take(self, part: str) -> Iterator[Piece]:
+        if self._call is not None and self._call.accepts(part):
+            yield from self._routed(self._call, self._call.take(part))
+            return
+        if self._call is not None:
+            yield from self._end_call(self._call, is_cut=False)
+            if self.is_over:
+                return
+        if part == CALL and self._calls is not None:
+            self._call = ToolCallParser(self._calls.types_of_tool)
+        else:
+            yield from self._take_text(part)
+
+    def _routed(self, call: ToolCallParser, pieces: Iterable[CallPiece]) -> Iterator[Piece]:
+        """What a call gives, and what becomes of the answer by it."""
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                self._enter("answer")
+                self.has_calls = True
+            if isinstance(piece, Stray):
+                self._is_at_start = False
+                yield Content(piece.text)
+            else:
+                yield piece
+        if call.rejected is not None:
+            self._call = None
+            yield from self._take_text(call.rejected)
+        elif call.is_over:
+            self._call = None
+            self._is_at_start = True
+            self.is_over = self._calls is not None and not self._calls.is_parallel
+
+    def _end_call(self, call: ToolCallParser, is_cut: bool) -> Iterator[Piece]:
+        yield from self._routed(call, call.finish(is_cut))
+        self._call = None
+
+    def _take_text(self, part: str) -> Iterator[Piece]:
         match self._state, part:
             case ("start", "<think>"):
                 self._enter("thought")
@@ -69,6 +136,8 @@ class AnswerParser:
                 yield from map(Reasoning, self._within_edges(part))
             case ("start", _):
                 yield from self._first_content(part)
+            case _ if self._calls is not None:
+                yield from map(Content, self._within_edges(part))
             case _:
                 yield from map(Content, self._after_edge(part))
 
@@ -79,11 +148,15 @@ class AnswerParser:
 
     def _first_content(self, part: str) -> Iterator[Content]:
         """Without a thought before it, an answer keeps the white space that it starts with."""
-        self._space += part
-        if not self._space.isspace():
-            self._state = "answer"
-            self._is_at_start = False
-            yield Content(self._space)
+        text = self._space + part
+        kept = text.rstrip() if self._calls is not None else text
+        if text.isspace():
+            self._space = text
+            return
+        self._state = "answer"
+        self._is_at_start = False
+        self._space = text[len(kept) :]
+        yield Content(kept)
 
     def _after_edge(self, part: str) -> Iterator[str]:
         if self._is_at_start:
@@ -111,6 +184,8 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
                 joined[-1] = Reasoning(before + text)
             case [*_, Content(before)], Content(text):
                 joined[-1] = Content(before + text)
+            case [*_, CallArguments(before)], CallArguments(text):
+                joined[-1] = CallArguments(before + text)
             case _:
                 joined.append(piece)
     return joined

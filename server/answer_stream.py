@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nybble.engine.messages import FinishReason, TokenEvent
 from nybble.server.answer_parser import AnswerParser, Piece
 from nybble.server.schemas import LogprobEntry
 from nybble.server.text_stream import TextStream
+
+AnswerFinish = FinishReason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class AnswerDelta:
     text: str
     logprobs: tuple[LogprobEntry, ...]
     is_reasoning_token: bool
-    finish_reason: FinishReason | None
+    finish_reason: AnswerFinish | None
 
 
 class AnswerStream:
@@ -37,14 +40,20 @@ class AnswerStream:
         was_thinking = self._parser.is_thinking
         pieces = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
-            pieces += self._parser.finish()
+            pieces += self._parser.finish(is_cut=delta.finish_reason == "length")
+        finish_reason = self._finish_reason(delta.finish_reason)
         return AnswerDelta(
             pieces=tuple(pieces),
             text=delta.text,
-            logprobs=self._released(delta.logprobs, is_due=bool(pieces) or delta.finish_reason is not None),
+            logprobs=self._released(delta.logprobs, is_due=bool(pieces) or finish_reason is not None),
             is_reasoning_token=was_thinking or self._parser.is_thinking,
-            finish_reason=delta.finish_reason,
+            finish_reason=finish_reason,
         )
+
+    def _finish_reason(self, of_text: FinishReason | None) -> AnswerFinish | None:
+        if self._parser.is_over or (of_text == "stop" and self._parser.has_calls):
+            return "tool_calls"
+        return of_text
 
     def _released(self, logprobs: tuple[LogprobEntry, ...], is_due: bool) -> tuple[LogprobEntry, ...]:
         held = self._logprobs + logprobs

@@ -9,14 +9,16 @@ import msgspec
 
 from nybble.engine.messages import SamplingParams
 from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError
+from nybble.server.chat_messages import template_messages
 from nybble.server.errors import BadRequestError, UnprocessableError
 from nybble.server.grammar_request import asked_grammar, thought_end
 from nybble.server.replay_store import ReplayStore
 from nybble.server.request_body import check_supported, decode_body
 from nybble.server.sampling_fields import settle_sampling, stop_strings
-from nybble.server.schemas import ChatCompletionRequest, ChatMessage, TextPart
+from nybble.server.schemas import ChatCompletionRequest, ChatMessage
 from nybble.server.served_model import ServedModel
-from nybble.server.thinking import ends_in_thought, has_thinking, past_thought, template_options
+from nybble.server.thinking import ends_in_thought, has_thinking, template_options
+from nybble.server.tools import Tools, check_tools, offered_tools
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
 
@@ -32,7 +34,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
@@ -55,6 +56,7 @@ class ChatRequest:
     timeout: float | None = None  # seconds
     has_thinking: bool = False  # whether the model has tags for thoughts
     is_thinking: bool = False  # whether the prompt ends within one
+    tools: Tools | None = None  # that the answer may call
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
@@ -62,6 +64,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     request = decode_body(body, _decoder)
     check_supported(request, _UNSUPPORTED)
     check_messages(request.messages)
+    check_tools(request)
     _check_combinations(request)
     return request
 
@@ -77,7 +80,8 @@ def prepare_chat_request(
         BadRequestError: prompt and answer do not fit in the context.
     """
     model.check_name(request.model)
-    prompt = prompt_of(request.messages, model, template_options(request))
+    tools = offered_tools(request, model.tokenizer)
+    prompt = prompt_of(request.messages, model, template_options(request), tools)
     cache_salt = request.cache_salt or ""
     prompt_token_ids = prompt.token_ids
     if replay is not None:
@@ -95,6 +99,7 @@ def prepare_chat_request(
         timeout=request.timeout,
         has_thinking=has_thinking(model.tokenizer),
         is_thinking=ends_in_thought(prompt.text),
+        tools=tools,
     )
 
 
@@ -102,14 +107,16 @@ def prompt_of(
     messages: Sequence[ChatMessage],
     model: ServedModel,
     options: Mapping[str, bool],
+    tools: Tools | None = None,
     *,
     add_generation_prompt: bool = True,
 ) -> ChatPrompt:
     """The prompt by the chat template. Raises UnprocessableError: it refuses the messages."""
-    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
+    plain = template_messages(messages)
+    definitions = tools.definitions if tools else ()
     try:
         return model.tokenizer.encode_chat(
-            plain, options=options, add_generation_prompt=add_generation_prompt
+            plain, definitions, options, add_generation_prompt=add_generation_prompt
         )
     except ChatTemplateError as error:
         raise UnprocessableError(str(error), "messages") from error
@@ -118,7 +125,7 @@ def prompt_of(
 def check_messages(messages: Sequence[ChatMessage]) -> None:
     """Refuse what messages may hold and is not supported."""
     for index, message in enumerate(messages):
-        for field in ("audio", "function_call", "tool_calls"):
+        for field in ("audio", "function_call"):
             if getattr(message, field):
                 name = f"messages[{index}].{field}"
                 raise BadRequestError(f"{name}: not supported by this server", name, "unsupported_parameter")
@@ -134,30 +141,6 @@ def _check_combinations(request: ChatCompletionRequest) -> None:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
-
-
-def _plain_message(index: int, message: ChatMessage) -> dict[str, str]:
-    """Role and text as the template expects them: no parts, no null, developer as system."""
-    role = "system" if message.role == "developer" else message.role
-    content = message.content
-    if content is None:
-        if role != "assistant":
-            param = f"messages[{index}].content"
-            raise BadRequestError(f"{param}: missing for role {message.role!r}", param)
-        content = ""
-    if not isinstance(content, str):
-        content = "".join(_part_text(index, n, part) for n, part in enumerate(content))
-    thought = past_thought(index, message) if role == "assistant" else None
-    return {"role": role, "content": content} | ({} if thought is None else {"reasoning_content": thought})
-
-
-def _part_text(index: int, number: int, part: TextPart) -> str:
-    param = f"messages[{index}].content[{number}]"
-    if part.type != "text":
-        raise BadRequestError(f"{param}: type {part.type!r} is not supported, only 'text'", param)
-    if part.text is None:
-        raise BadRequestError(f"{param}.text: missing", f"{param}.text")
-    return part.text
 
 
 def _sampling(

@@ -6,13 +6,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
 from nybble.engine.engine_client import EngineClient
 from nybble.engine.messages import CacheExplanation, Request
-from nybble.server.answer_parser import AnswerParser, Content, Piece, Reasoning
+from nybble.server.answer_message import AnswerMessage, MessageDeltas
+from nybble.server.answer_parser import AnswerParser
 from nybble.server.answer_stream import AnswerDelta, AnswerStream
 from nybble.server.chat_request import ChatRequest
 from nybble.server.choices import run_choices
@@ -20,7 +20,6 @@ from nybble.server.prices import Prices
 from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import (
-    AssistantMessage,
     CacheMiss,
     ChatCompletion,
     ChatCompletionChunk,
@@ -70,7 +69,9 @@ class Completion:
         asked = self._request
         answer = AnswerStream(
             TextStream(self._model.tokenizer, asked.stop_strings, asked.sampling.min_tokens),
-            AnswerParser(asked.has_thinking, asked.is_thinking),
+            AnswerParser(
+                asked.has_thinking, asked.is_thinking, asked.tools.call_rules() if asked.tools else None
+            ),
         )
         request = Request(
             request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
@@ -129,7 +130,7 @@ class Completion:
 
     async def whole(self) -> ChatCompletion:
         """The answers in one piece: the same deltas, folded."""
-        answers = [_Answer() for _ in range(self._request.num_choices)]
+        answers = [AnswerMessage() for _ in range(self._request.num_choices)]
         async with aclosing(self.deltas()) as deltas:
             async for number, delta in deltas:
                 answers[number].add(delta)
@@ -143,19 +144,19 @@ class Completion:
 
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
         """The answers as they come: role, pieces, finish reason, usage if asked for."""
-        begun = set[int]()
+        begun = dict[int, MessageDeltas]()
         async with aclosing(self.deltas()) as deltas:
             async for number, delta in deltas:
                 if number not in begun:
                     role = MessageDelta(role="assistant", content="")
                     yield self._chunk(ChunkChoice(delta=role, index=number))
-                    begun.add(number)
-                for choice in self._chunk_choices(number, delta):
+                    begun[number] = MessageDeltas()
+                for choice in self._chunk_choices(number, delta, begun[number]):
                     yield self._chunk(choice)
         if self._request.include_usage:
             yield self._chunk(None)
 
-    def _whole_choice(self, number: int, answer: _Answer) -> Choice:
+    def _whole_choice(self, number: int, answer: AnswerMessage) -> Choice:
         return Choice(
             message=answer.message(),
             logprobs=self._choice_logprobs(answer.logprobs),
@@ -163,12 +164,14 @@ class Completion:
             index=number,
         )
 
-    def _chunk_choices(self, number: int, delta: AnswerDelta) -> Iterator[ChunkChoice]:
+    def _chunk_choices(
+        self, number: int, delta: AnswerDelta, messages: MessageDeltas
+    ) -> Iterator[ChunkChoice]:
         """Log-probabilities go with the first piece."""
         entries = delta.logprobs
         for piece in delta.pieces:
             logprobs = self._choice_logprobs(entries)
-            yield ChunkChoice(delta=_message_delta(piece), logprobs=logprobs, index=number)
+            yield ChunkChoice(delta=messages.of(piece), logprobs=logprobs, index=number)
             entries = ()
         if delta.finish_reason is not None:
             logprobs = self._choice_logprobs(entries) if entries else None
@@ -192,37 +195,3 @@ class Completion:
         if self._request.sampling.num_logprobs is None:
             return None
         return ChoiceLogprobs(content=list(entries))
-
-
-def _message_delta(piece: Piece) -> MessageDelta:
-    match piece:
-        case Reasoning(text):
-            return MessageDelta(reasoning_content=text, reasoning=text)
-        case Content(text):
-            return MessageDelta(content=text)
-
-
-@dataclass
-class _Answer:
-    """One choice as it grows."""
-
-    content: str = ""
-    reasoning: str = ""
-    logprobs: list[LogprobEntry] = field(default_factory=list)
-    finish_reason: str = ""
-
-    def add(self, delta: AnswerDelta) -> None:
-        for piece in delta.pieces:
-            match piece:
-                case Reasoning(text):
-                    self.reasoning += text
-                case Content(text):
-                    self.content += text
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason or ""
-
-    def message(self) -> AssistantMessage:
-        """With a thought and nothing else, it has no content; without a thought, no fields for it."""
-        reasoning = self.reasoning or UNSET
-        content = None if self.reasoning and not self.content else self.content
-        return AssistantMessage(content=content, reasoning_content=reasoning, reasoning=reasoning)

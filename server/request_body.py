@@ -21,7 +21,7 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        message, param = _split_location(str(error))
+        message, param = split_location(str(error))
         raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
@@ -38,7 +38,8 @@ def check_supported(request: msgspec.Struct, unsupported: Mapping[str, tuple[obj
             raise BadRequestError(message, name, "unsupported_parameter")
 
 
-def _split_location(text: str) -> tuple[str, str | None]:
+def split_location(text: str) -> tuple[str, str | None]:
+    """A message of msgspec's without its location, and the field that it names, if any."""
     match = _LOCATION.match(text)
     if match is None:
         return text, None

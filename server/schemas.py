@@ -14,6 +14,7 @@ from nybble.server.grammar_fields import Answers, GrammarText, ResponseFormat, S
 from nybble.server.sampling_fields import PositiveInt, SamplingFields
 
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 512
 
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -28,19 +29,47 @@ class TextPart(Struct, frozen=True):
     text: str | None = None
 
 
+class PastFunctionCall(Struct, frozen=True):
+    """arguments: a JSON object, or its text."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    arguments: str | dict[str, Any] = ""
+
+
+class PastToolCall(Struct, frozen=True):
+    function: PastFunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(Struct, frozen=True):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None  # the thought before an assistant's answer, by either name
     reasoning: str | None = None
+    tool_calls: list[PastToolCall] | None = None
+    tool_call_id: str | None = None
     # Refused when set.
     audio: Any = None
     function_call: Any = None
-    tool_calls: Any = None
 
 
 class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
+
+
+class FunctionDefinition(Struct, frozen=True):
+    """parameters: a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True):
+    type: Literal["function"]
+    function: FunctionDefinition
 
 
 class TemplateOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +115,8 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     guided_regex: GrammarText | None = None
     guided_choice: Answers | None = None
     guided_grammar: GrammarText | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None  # each a Tool
+    parallel_tool_calls: bool | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None
     function_call: Any = None
@@ -97,7 +128,6 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     thinking_token_budget: Any = None
     tool_choice: Any = None
-    tools: Any = None
     use_beam_search: bool | None = None
     verbosity: Any = None
     web_search_options: Any = None
@@ -150,10 +180,22 @@ class Usage(Struct, frozen=True):
     estimated_cost: float
 
 
+class FunctionCall(Struct, frozen=True):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(Struct, frozen=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class AssistantMessage(Struct, frozen=True):
     content: str | None
     reasoning_content: str | UnsetType = UNSET  # the same by both names
     reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -174,11 +216,26 @@ class ChatCompletion(Struct, frozen=True):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class FunctionCallDelta(Struct, frozen=True, omit_defaults=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True, omit_defaults=True):
+    """The first of a call has its id, type and name; arguments of all are to be joined."""
+
+    index: int
+    function: FunctionCallDelta
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class MessageDelta(Struct, frozen=True, omit_defaults=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET  # the same by both names
     reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, frozen=True):

@@ -334,6 +334,32 @@ def test_a_malformed_body(model: ServedModel, content: bytes) -> None:
     assert error["type"] == "invalid_request_error"
 
 
+def test_thoughts_and_calls_on_the_wire(glm: ServedModel) -> None:
+    text = "R</think><tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call><|observation|>"
+    script = glm.tokenizer.encode(text)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (choice,) = _answer(_chat(ScriptedEngine(script), glm, tools=tools))["choices"]
+    (call,) = choice["message"].pop("tool_calls")
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "R",
+        "reasoning": "R",
+        "refusal": None,
+    }
+    assert call.pop("id").startswith("call_")
+    assert call == {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    chunks = _chunks(_chat(ScriptedEngine(script), glm, tools=tools, stream=True))
+    _, thought, start, arguments, end, last = [chunk["choices"][0] for chunk in chunks]
+    assert thought["delta"] == {"reasoning_content": "R", "reasoning": "R"}
+    assert start["delta"]["tool_calls"][0].pop("id").startswith("call_")
+    function = {"name": "f", "arguments": ""}
+    assert start["delta"] == {"tool_calls": [{"index": 0, "type": "function", "function": function}]}
+    assert arguments["delta"] == {"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1'}}]}
+    assert end["delta"] == {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}
+    assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
+
+
 def test_a_bad_field(model: ServedModel) -> None:
     engine = ScriptedEngine([65])
     error = _error(_chat(engine, model, messages=[{"role": "user", "content": [{"type": 1}]}]), 400)
@@ -346,7 +372,7 @@ def test_a_bad_field(model: ServedModel) -> None:
     ("fields", "status", "param", "code"),
     [
         ({"model": "huge"}, 404, "model", "model_not_found"),
-        ({"tools": [{}]}, 400, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
         ({"max_tokens": 61}, 400, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "forbidden"}]}, 422, "messages", None),
     ],

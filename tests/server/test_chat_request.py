@@ -46,7 +46,7 @@ _BAD_PARTS = [{"type": "text", "text": "x"}, {"type": "text", "text": 1}]
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": None, "content": "hi"}]}, "messages[0].role"),
         ({"messages": [USER, {"role": "user", "content": 1}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content[0]"),
@@ -155,14 +155,20 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"thinking_token_budget": 10}, "thinking_token_budget"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": _FUNCTION}]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": _FUNCTION | {"strict": True}}]},
+            "tools[0].function.strict",
+        ),
         ({"verbosity": "low"}, "verbosity"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        (
+            {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]},
+            "messages[1].function_call",
+        ),
     ],
 )
 def test_an_unsupported_feature_is_refused(fields: dict[str, Any], param: str) -> None:
@@ -563,3 +569,20 @@ def test_thoughts_in_the_history(
 def test_a_template_that_leaves_the_thought_to_the_model(model: ServedModel) -> None:
     request = _prepare(model)
     assert (request.has_thinking, request.is_thinking) == (True, False)
+
+
+# --- tools
+
+
+def test_tools_are_shown_to_the_model_unless_none_may_be_called(glm: ServedModel) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "é"}}]
+    request = _prepare(glm, tools=tools, tool_choice="auto")
+    prompt = b"".join(map(glm.tokenizer.token_bytes, request.prompt_token_ids)).decode()
+    assert prompt == (
+        '[gMASK]<sop><|system|>{"type": "function", "function": {"name": "f", "description": "é"}}\n'
+        "<|user|>hi<|assistant|><think>"
+    )
+    assert request.tools is not None
+    without = _prepare(glm, tools=tools, tool_choice="none")
+    assert without.tools is None
+    assert without.prompt_token_ids == _prepare(glm).prompt_token_ids

@@ -20,6 +20,7 @@ from nybble.server.replay_store import ReplayStore
 from nybble.server.sampling_options import choice_sampling
 from nybble.server.schemas import ChatCompletion, ChatCompletionChunk
 from nybble.server.served_model import ServedModel
+from nybble.server.tools import Tools
 
 REQUEST = ChatRequest(
     prompt_token_ids=(1, 2, 3, 4, 5),
@@ -221,3 +222,35 @@ def test_thoughts_as_a_stream(glm: ServedModel) -> None:
     ]
     sent = [entry.token for c in choices if c.logprobs for entry in c.logprobs.content]
     assert "".join(sent) == "a b</think>\nc"
+
+
+TOOLS = Tools([{"type": "function", "function": {"name": "f"}}], is_parallel=True)
+CALLS = "A\n<tool_call>f</tool_call><tool_call>g<arg_key>n</arg_key><arg_value>1</arg_value></tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("tools", "wanted"),
+    [(TOOLS, [("f", "{}"), ("g", '{"n": 1}')]), (replace(TOOLS, is_parallel=False), [("f", "{}")])],
+)
+def test_tool_calls_streamed_or_not(glm: ServedModel, tools: Tools, wanted: list[tuple[str, str]]) -> None:
+    script = [*glm.tokenizer.encode(CALLS + "<|observation|>")]
+    engine = ScriptedEngine(script)
+    (choice,) = asyncio.run(_completion(engine, glm, tools=tools).whole()).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "A")
+    assert choice.message.tool_calls is not UNSET
+    assert [(c.function.name, c.function.arguments) for c in choice.message.tool_calls] == wanted
+    assert bool(engine.aborts) == (len(wanted) == 1)  # one call is enough: the rest is not generated
+    streamed: dict[int, tuple[str, str]] = {}
+    chunks = _chunks(ScriptedEngine(script), glm, tools=tools)
+    for call in (c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or ()):
+        name, arguments = streamed.get(call.index, ("", ""))
+        streamed[call.index] = (name + (call.function.name or ""), arguments + call.function.arguments)
+    assert list(streamed.values()) == wanted
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_length_within_a_call(glm: ServedModel) -> None:
+    (choice,) = _whole("<tool_call>f<arg_key>n", glm, tools=TOOLS).choices
+    assert choice.finish_reason == "length"
+    assert choice.message.tool_calls is not UNSET
+    assert [c.function.arguments for c in choice.message.tool_calls] == [""]

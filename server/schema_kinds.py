@@ -1,0 +1,114 @@
+"""Which kinds of JSON values a JSON schema allows, as far as that matters for reading one from its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+from urllib.parse import unquote
+
+Kinds = frozenset[str]  # as a schema's "type" names them; where "number" is, "integer" is too
+
+_MAX_DEPTH = 64
+
+
+class SchemaKinds:
+    """Reads parts of one schema. What is wrong in it says nothing; None is for what says nothing.
+
+    Each reference is followed once, so that the work is bounded by the schema's size.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._of_reference: dict[str, Kinds | None] = {}
+
+    def property(self, name: str) -> Any:
+        """The schema of a property of the root, or of those that it does not list."""
+        schema = self._root
+        if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+            schema = self._referenced(schema["$ref"])
+        if not isinstance(schema, Mapping):
+            return None
+        properties = schema.get("properties")
+        if isinstance(properties, Mapping) and name in properties:
+            return properties[name]
+        return schema.get("additionalProperties")
+
+    def of(self, schema: Any, depth: int = 0) -> Kinds | None:
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+            return None
+        found = [
+            self._of_target(schema.get("$ref"), depth + 1),
+            _declared(schema.get("type")),
+            _kinds_of_values(schema.get("enum")),
+            _kinds_of_values([schema["const"]] if "const" in schema else None),
+            self._united(schema.get("anyOf"), depth + 1),
+            self._united(schema.get("oneOf"), depth + 1),
+            *(self.of(part, depth + 1) for part in _list(schema.get("allOf"))),
+        ]
+        said = [kinds for kinds in found if kinds is not None]
+        if not said:
+            return frozenset({"object"}) if "properties" in schema else None
+        both = reduce(frozenset.intersection, said) or said[0]
+        return both | {"null"} if schema.get("nullable") is True else both
+
+    def _of_target(self, reference: Any, depth: int) -> Kinds | None:
+        if not isinstance(reference, str):
+            return None
+        if reference not in self._of_reference:
+            self._of_reference[reference] = None  # a reference that leads to itself says nothing
+            self._of_reference[reference] = self.of(self._referenced(reference), depth)
+        return self._of_reference[reference]
+
+    def _united(self, schemas: Any, depth: int) -> Kinds | None:
+        kinds = [self.of(part, depth) for part in _list(schemas)]
+        said = [each for each in kinds if each is not None]
+        return frozenset().union(*said) if said and len(said) == len(kinds) else None
+
+    def _referenced(self, reference: str) -> Any:
+        """What a reference within the schema leads to, or None."""
+        if not reference.startswith("#"):
+            return None
+        target = self._root
+        for step in unquote(reference[1:]).split("/")[1:]:
+            target = _member(target, step.replace("~1", "/").replace("~0", "~"))
+        return target
+
+
+def _member(target: Any, name: str) -> Any:
+    if isinstance(target, Mapping):
+        return target.get(name)
+    is_index = isinstance(target, list) and name.isdecimal() and len(name) < 9 and int(name) < len(target)
+    return target[int(name)] if is_index else None
+
+
+def _declared(names: Any) -> Kinds | None:
+    given = [names] if isinstance(names, str) else _list(names)
+    kinds = frozenset(name for name in given if isinstance(name, str))
+    return (kinds | {"integer"} if "number" in kinds else kinds) or None
+
+
+def _kinds_of_values(values: Any) -> Kinds | None:
+    return frozenset(kind_of(value) for value in _list(values)) or None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def kind_of(value: object) -> str:
+    """The kind of a JSON value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+    return "object"
