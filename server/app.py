@@ -43,16 +43,19 @@ from nybble.server.errors import (
     TooManyRequestsError,
     UnavailableError,
 )
+from nybble.server.keep_alive import kept_alive
 from nybble.server.key_gate import KeyGate, visit_of
 from nybble.server.metered_engine import MeteredEngine, own_salt
 from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
 from nybble.server.replay_store import ReplayStore
+from nybble.server.request_ids import RequestIds
 from nybble.server.schemas import ChatCompletionRequest, Model, ModelList, Version
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 from nybble.server.text_completion import TextCompletionRun
 from nybble.server.tokenize_request import detokenize, tokenize
+from nybble.server.work_pool import WorkPool
 
 logger = logging.getLogger("nybble.server")
 
@@ -60,12 +63,17 @@ T = TypeVar("T")
 _json = msgspec.json.Encoder()
 _Chunks = AsyncGenerator[Any, None]
 
+_NUM_WORK_THREADS = 4
+_WORK_SECONDS = 60.0
+_KEEP_ALIVE_SECONDS = 10.0
+
 
 def create_app(
     engine: ObservedEngine, model: ServedModel, config: ServerConfig, access: Access | None = None
 ) -> Starlette:
     """The API over `engine`, which tests may script; open to all where `access` is None."""
     api = _API(engine, model, config)
+    gate = [Middleware(KeyGate, access=access)] if access else []
     handled = (APIError, HTTPException, NybbleError, Exception)
     app = Starlette(
         routes=[
@@ -80,7 +88,7 @@ def create_app(
             *Monitoring(engine, model.name, config.ready_timeout).routes(),
         ],
         exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
-        middleware=[Middleware(KeyGate, access=access)] if access else [],
+        middleware=[Middleware(RequestIds), *gate],
     )
     app.router.redirect_slashes = False  # to an address that a Host header makes up
     return app
@@ -92,12 +100,13 @@ class _API:
         self._model = model
         self._config = config
         self._description = describe_api()
+        self._pool = WorkPool(_NUM_WORK_THREADS, _WORK_SECONDS)
         self._replay = ReplayStore(model.tokenizer, config.max_replay_tokens)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await _read_body(request, self._config.max_body_bytes)
         # Templates and tokenizers take long on long prompts: not on the event loop.
-        prepared = await asyncio.to_thread(
+        prepared = await self._pool.run(
             lambda: prepare_chat_request(_own(parse_chat_request(body), request), self._model, self._replay)
         )
         completion = Completion(
@@ -107,7 +116,7 @@ class _API:
 
     async def completions(self, request: Request) -> Response:
         body = await _read_body(request, self._config.max_body_bytes)
-        job = await asyncio.to_thread(
+        job = await self._pool.run(
             lambda: prepare_completion_request(parse_completion_request(body), self._model)
         )
         engine = self._engine_for(request)
@@ -116,11 +125,11 @@ class _API:
 
     async def tokenize(self, request: Request) -> Response:
         body = await _read_body(request, self._config.max_body_bytes)
-        return _json_response(await asyncio.to_thread(tokenize, body, self._model))
+        return _json_response(await self._pool.run(lambda: tokenize(body, self._model)))
 
     async def detokenize(self, request: Request) -> Response:
         body = await _read_body(request, self._config.max_body_bytes)
-        return _json_response(await asyncio.to_thread(detokenize, body, self._model))
+        return _json_response(await self._pool.run(lambda: detokenize(body, self._model)))
 
     def _engine_for(self, request: Request) -> EngineClient:
         """The engine, charged to whose request it is."""
@@ -214,8 +223,12 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Both: a reader that never reads may go before the first event was taken.
-        async with aclosing(self._chunks), aclosing(self._events):
-            await super().__call__(scope, receive, send)
+        async with (
+            aclosing(self._chunks),
+            aclosing(self._events),
+            kept_alive(send, _KEEP_ALIVE_SECONDS) as kept,
+        ):
+            await super().__call__(scope, receive, kept)
 
 
 async def _server_sent_events(first: object, chunks: _Chunks) -> AsyncGenerator[bytes, None]:

@@ -325,6 +325,11 @@ def test_a_stream_is_not_to_be_buffered(model: ServedModel) -> None:
     assert headers["x-accel-buffering"] == "no"
 
 
+def test_every_answer_has_a_request_id(model: ServedModel) -> None:
+    for fields in ({}, {"stream": True}, {"temperature": 9}):
+        assert len(_chat(ScriptedEngine([65]), model, **fields).headers["x-request-id"]) == 32
+
+
 # --- errors
 
 
