@@ -7,6 +7,7 @@ forward pass and the draw are left out.
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def null_engine(config: EngineConfig, num_blocks: int, token_id: int = 0, step_t
     )
     sampler = Sampler(NullOps(config.scheduler.max_num_seqs, token_id), VOCAB_SIZE)
     group = RankGroup(Placement())
-    runner = ModelRunner(NullWorker(step_time), sampler, group, block_size)
+    thread = ThreadPoolExecutor(1, "step") if step_time else None  # as where a step is real work
+    runner = ModelRunner(NullWorker(step_time), sampler, group, block_size, thread)
     scheduler = Scheduler(
         config.scheduler, BlockPool(num_blocks), block_size, config.cache.enable_prefix_caching
     )

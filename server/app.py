@@ -30,6 +30,7 @@ from nybble.engine.errors import (
 )
 from nybble.server.access import Access
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
+from nybble.server.coalescing import coalesce
 from nybble.server.completion import Completion
 from nybble.server.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.errors import (
@@ -216,7 +217,7 @@ class _EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, first: object, chunks: _Chunks) -> None:
-        self._events = _server_sent_events(first, chunks)
+        self._events = coalesce(_server_sent_events(first, chunks))
         self._chunks = chunks
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._events, headers=headers)
