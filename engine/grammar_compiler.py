@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from nybble.engine.errors import InvalidRequestError
 from nybble.engine.grammar import Grammar
-from nybble.engine.grammar_state import GrammarState, summary
+from nybble.engine.grammar_state import GrammarState, Numerals, summary
 from nybble.engine.vocabulary import count_token_ids
 
 MAX_GRAMMAR_BYTES = 1 << 18
@@ -41,6 +41,7 @@ class GrammarCompiler:
         self._loading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._num_token_ids = 0
+        self._numerals: Numerals | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher | str] = OrderedDict()  # or what is wrong with it
 
     def compile(self, grammar: Grammar) -> None:
@@ -61,7 +62,10 @@ class GrammarCompiler:
             raise InvalidRequestError(
                 f"{grammar.parameter}: the answer must be able to end with a stop token", grammar.parameter
             )
-        return GrammarState(compiled.deep_copy(), grammar.after_token_id, stops, self._num_token_ids)
+        numerals = self._numerals if grammar.kind == "json_schema" else None
+        return GrammarState(
+            compiled.deep_copy(), grammar.after_token_id, stops, self._num_token_ids, numerals
+        )
 
     def _get(self, grammar: Grammar) -> LLMatcher | str:
         with self._lock:
@@ -98,6 +102,7 @@ class GrammarCompiler:
             if self._tokenizer is None and path.exists():
                 self._num_token_ids = count_token_ids(self._directory, 1 << 31)
                 tokenizer = Tokenizer.from_file(str(path))
+                self._numerals = _numerals(tokenizer)
                 tokenizer.add_special_tokens([_END])
                 self._tokenizer = LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.token_to_id(_END))
         return self._tokenizer
@@ -120,6 +125,14 @@ def _source(grammar: Grammar) -> str:
             "lenient": grammar.is_lenient,
         },
     )
+
+
+def _numerals(tokenizer: Tokenizer) -> Numerals | None:
+    """None for a vocabulary without a letter of its own: numbers cannot be told from strings then."""
+    letter = tokenizer.token_to_id("x")
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    digits = frozenset(token_id for text, token_id in vocabulary.items() if text.isascii() and text.isdigit())
+    return Numerals(digits, letter) if digits and letter is not None else None
 
 
 def _as_lark(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher
@@ -11,6 +12,14 @@ from numpy.typing import NDArray
 
 _MAX_MASK_TIME = 1.0  # seconds; all other requests wait that long
 _WORD = 32  # tokens in a word of a mask
+MAX_DIGITS = 64  # tokens in a row: a model can be caught in endless digits
+
+
+class Numerals(NamedTuple):
+    """digits: tokens of nothing but digits; letter: one that may come in a string and in no number."""
+
+    digits: frozenset[int]
+    letter: int
 
 
 class GrammarState:
@@ -26,18 +35,24 @@ class GrammarState:
         after_token_id: int | None,
         stop_token_ids: Sequence[int],
         num_token_ids: int,
+        numerals: Numerals | None = None,
     ) -> None:
+        """numerals: for JSON, whose numbers then have at most MAX_DIGITS tokens of digits in a row."""
         self._matcher = matcher
         self._after_token_id = after_token_id  # None once it has come
         self._stops = {token_id for token_id in stop_token_ids if token_id < num_token_ids}
         self._num_token_ids = num_token_ids
         self._all_words = _words(range(num_token_ids), -(-num_token_ids // _WORD))
         self._stop_words = _words(self._stops, len(self._all_words))
+        self._numerals = numerals
+        self._digit_words = None if numerals is None else _words(numerals.digits, len(self._all_words))
+        self._num_digits = 0  # tokens of digits at the end
         self._masks: dict[tuple[int, ...], NDArray[np.int32] | None] = {}  # of the next token, by drafts
         self.failure: str | None = None
 
     def append(self, token_id: int) -> None:
         self._masks.clear()
+        self._num_digits = self._digits_after((token_id,))
         if self._after_token_id is not None:
             if token_id == self._after_token_id:
                 self._after_token_id = None
@@ -73,6 +88,8 @@ class GrammarState:
             return None  # the answer ends there
         num_followed = self._matcher.try_consume_tokens(list(drafts)) if drafts else 0
         words = self._mask() if num_followed == len(drafts) else None
+        if words is not None and self._digits_after(drafts) >= MAX_DIGITS:
+            words = self._without_digits(words)
         if num_followed:
             self._matcher.rollback(num_followed)
         self._check()
@@ -91,6 +108,21 @@ class GrammarState:
             return None
         return words
 
+    def _digits_after(self, token_ids: Sequence[int]) -> int:
+        """Tokens of digits at the end, if these are added."""
+        count = self._num_digits
+        for token_id in token_ids:
+            is_digit = self._numerals is not None and token_id in self._numerals.digits
+            count = count + 1 if is_digit else 0
+        return count
+
+    def _without_digits(self, words: NDArray[np.int32]) -> NDArray[np.int32]:
+        """As far as it is a number that may end here; in a string, digits may go on."""
+        if self._numerals is None or self._digit_words is None or _has(words, self._numerals.letter):
+            return words
+        rest = words & ~self._digit_words
+        return rest if rest.any() else words
+
     def _check(self) -> None:
         if self._matcher.is_error():
             self.failure = f"its grammar failed: {summary(self._matcher.get_error())}"
@@ -100,6 +132,10 @@ def summary(error: str) -> str:
     """Of the library's errors, which quote a grammar whole: the first line, and that of the regex parser."""
     lines = error.strip().splitlines() or [""]
     return " ".join([lines[0], *(line for line in lines[1:] if line.startswith("error:"))])[:300]
+
+
+def _has(words: NDArray[np.int32], token_id: int) -> bool:
+    return bool(words[token_id // _WORD] >> token_id % _WORD & 1)
 
 
 def _words(token_ids: Collection[int], num_words: int) -> NDArray[np.int32]:

@@ -16,7 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from nybble.engine.grammar import Grammar
 from nybble.engine.grammar_compiler import GrammarCompiler
-from nybble.engine.grammar_state import GrammarState
+from nybble.engine.grammar_state import MAX_DIGITS, GrammarState
 from nybble.engine.tokenizer import Tokenizer
 
 
@@ -201,3 +201,34 @@ def test_a_token_that_breaks_the_grammar_is_a_failure(compiler: GrammarCompiler)
     assert state.failure is not None and "grammar" in state.failure
     assert state.allowed_words() is None
     state.append(ord("a"))
+
+
+def allows_digit(state: GrammarState, drafts: Sequence[int] = ()) -> bool:
+    words = state.allowed_words(drafts)
+    return words is not None and ord("7") in ids(words)
+
+
+@pytest.mark.parametrize(
+    ("schema", "before", "is_bounded"),
+    [
+        ({"type": "integer"}, "", True),
+        ({"type": "number"}, "0.", True),
+        ({"type": "array"}, "[1,", True),
+        ({"type": "string"}, '"', False),
+        ({"type": "string", "pattern": "^7{99}$"}, '"', False),  # nothing else may come
+    ],
+)
+def test_runs_of_digits_in_numbers_are_bounded(
+    compiler: GrammarCompiler, schema: dict[str, Any], before: str, is_bounded: bool
+) -> None:
+    state = compiler.start(Grammar(kind="json_schema", text=json.dumps(schema)), (260,))
+    for token_id in before.encode():
+        state.append(token_id)
+    for _ in range(MAX_DIGITS - 2):
+        state.append(ord("7"))
+    two = (ord("7"), ord("7"))
+    assert allows_digit(state, two[:1]) and allows_digit(state, two) is not is_bounded
+    state.append(two[0])
+    assert allows_digit(state)
+    state.append(two[1])
+    assert allows_digit(state) is not is_bounded and state.failure is None

@@ -129,9 +129,8 @@ CITY = {
 }
 
 
-@pytest.mark.parametrize("strict", [True, None])
-def test_an_answer_by_a_schema(client: openai.OpenAI, strict: bool | None) -> None:
-    asked = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": strict}}
+def test_an_answer_by_a_schema(client: openai.OpenAI) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     completion = ask(client, "The capital of France, as JSON?", max_tokens=200, response_format=asked)
     answer = json.loads(content(completion))
     jsonschema.validate(answer, CITY)
