@@ -140,6 +140,7 @@ class Completion:
             model=self._model.name,
             choices=[self._whole_choice(*numbered) for numbered in enumerate(answers)],
             usage=self.usage(),
+            system_fingerprint=self._model.fingerprint,
         )
 
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
@@ -186,6 +187,7 @@ class Completion:
             created=self._created,
             model=self._model.name,
             choices=[choice] if choice else [],
+            system_fingerprint=self._model.fingerprint,
             usage=usage if self._request.include_usage else UNSET,
         )
 

@@ -76,6 +76,7 @@ class TextCompletion(Struct, frozen=True):
     created: int
     model: str
     choices: list[CompletionChoice]
+    system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"
 

@@ -213,6 +213,7 @@ class ChatCompletion(Struct, frozen=True):
     model: str
     choices: list[Choice]
     usage: Usage
+    system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -250,6 +251,7 @@ class ChatCompletionChunk(Struct, frozen=True):
     created: int
     model: str
     choices: list[ChunkChoice]
+    system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """`created`: Unix time at which serving began."""
+    """`created`: Unix time at which serving began. `fingerprint`: OpenAI's system_fingerprint, which changes
+    when the same request and seed may be answered with other tokens."""
 
     name: str
     tokenizer: Tokenizer
@@ -35,6 +38,7 @@ class ServedModel:
     stop_token_ids: tuple[int, ...]
     sampling_defaults: SamplingDefaults
     created: int
+    fingerprint: str
 
     def check_name(self, name: str) -> None:
         """Raises NotFoundError: a request names another model."""
@@ -75,7 +79,14 @@ def describe_model(name: str | None, tokenizer: Tokenizer, ready: EngineReady) -
             repetition_penalty=_number(fields, "repetition_penalty", 1.0, maximum=5.0, minimum=0.01),
         ),
         created=int(time.time()),
+        fingerprint=_fingerprint(ready, fields),
     )
+
+
+def _fingerprint(ready: EngineReady, generation_config: dict[str, Any]) -> str:
+    """Of this version and of every option of the engine."""
+    said = repr((version("nybble"), ready.config, generation_config))
+    return f"fp_{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 def _eos_token_ids(fields: dict[str, Any]) -> list[int]:

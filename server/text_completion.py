@@ -111,7 +111,10 @@ class TextCompletionRun:
         )
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> TextCompletion:
-        return TextCompletion(self.completion_id, self._created, self._model.name, choices, usage)
+        model = self._model
+        return TextCompletion(
+            self.completion_id, self._created, model.name, choices, model.fingerprint, usage
+        )
 
 
 class _Shaper:

@@ -35,6 +35,7 @@ def model(tokenizer: Tokenizer, end_id: int) -> ServedModel:
         stop_token_ids=(end_id,),
         sampling_defaults=SamplingDefaults(temperature=0.5, top_p=0.75, top_k=7),
         created=1_700_000_000,
+        fingerprint="fp_tiny",
     )
 
 

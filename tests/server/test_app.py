@@ -118,6 +118,7 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
     assert answer == {
         "object": "chat.completion",
         "model": "tiny",
+        "system_fingerprint": "fp_tiny",
         "choices": [
             {
                 "index": 0,
@@ -214,6 +215,7 @@ def test_the_chunks_of_a_stream(model: ServedModel, end_id: int) -> None:
     ]
     first = chunks[0]
     assert first["id"].startswith("chatcmpl-")
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"fp_tiny"}
     assert {(c["id"], c["created"], c["model"], c["object"]) for c in chunks} == {
         (first["id"], first["created"], "tiny", "chat.completion.chunk")
     }
@@ -657,6 +659,7 @@ def test_a_model_with_a_slash_in_its_name(tokenizer: Tokenizer, model: ServedMod
         stop_token_ids=(),
         sampling_defaults=model.sampling_defaults,
         created=1,
+        fingerprint="fp",
     )
     answer = _answer(_request(ScriptedEngine([]), renamed, "GET", "/v1/models/org/tiny"))
     assert answer["id"] == "org/tiny"

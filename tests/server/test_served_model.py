@@ -34,6 +34,13 @@ def test_without_a_generation_config(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert model.tokenizer is tokenizer
 
 
+def test_the_fingerprint_tells_configurations_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    first = _describe(tmp_path, tokenizer).fingerprint
+    assert first.startswith("fp_") and first == _describe(tmp_path, tokenizer, "renamed").fingerprint
+    _write(tmp_path, temperature=0.5)
+    assert _describe(tmp_path, tokenizer).fingerprint != first
+
+
 @pytest.mark.parametrize("name", [None, ""])
 def test_the_default_name_is_the_directorys(tmp_path: Path, tokenizer: Tokenizer, name: str | None) -> None:
     directory = tmp_path / "glm-4.7"

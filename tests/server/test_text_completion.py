@@ -48,6 +48,7 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
     assert answer == {
         "object": "text_completion",
         "model": "tiny",
+        "system_fingerprint": "fp_tiny",
         "choices": [{"text": "ok", "index": 0, "logprobs": None, "finish_reason": "stop"}],
     }
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (2, 3, 5)
