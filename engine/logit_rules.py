@@ -12,6 +12,7 @@ import numpy as np
 
 from nybble.engine.grammar_state import GrammarState
 from nybble.engine.messages import SamplingParams
+from nybble.engine.thinking_limit import ThinkingLimit
 from nybble.engine.token_counts import TokenCounts
 
 _WORD = 32  # tokens in a word of a mask
@@ -26,7 +27,7 @@ class ListedBias:
 
 
 class LogitRules:
-    """A request's bias, penalties, allowed tokens, grammar, bad words and least length.
+    """A request's bias, penalties, allowed tokens, grammar, bad words, least length and thinking budget.
 
     `drafts` in its methods are tokens that are assumed to follow those appended.
     """
@@ -49,6 +50,8 @@ class LogitRules:
         self._listed: tuple[set[int], ListedBias | None] = (set(), _listed(self._bias))
         self._listed_words = _allowed_words(sampling.allowed_token_ids, num_token_ids)
         self._grammar = grammar
+        budget = sampling.thinking_budget
+        self._thinking = None if budget is None else ThinkingLimit(budget, num_token_ids)
         self.counts = _counts(prompt_token_ids, sampling)
         self.penalties = (
             sampling.repetition_penalty,
@@ -64,6 +67,8 @@ class LogitRules:
             self.counts.add(token_id)
         if self._grammar is not None:
             self._grammar.append(token_id)
+        if self._thinking is not None:
+            self._thinking.append(token_id)
 
     @property
     def failure(self) -> str | None:
@@ -73,6 +78,9 @@ class LogitRules:
     def allowed_words(self, drafts: Sequence[int] = ()) -> np.ndarray | None:
         """int32 [ceil(num_token_ids / 32)]: a bit for each token that may be next, the lowest first. None for
         all."""
+        forced = self._end_of_thought(drafts)
+        if forced is not None:
+            return forced
         return self._listed_words if self._grammar is None else self._grammar.allowed_words(drafts)
 
     def bias(self, drafts: Sequence[int] = ()) -> ListedBias | None:
@@ -85,6 +93,8 @@ class LogitRules:
     def _banned(self, drafts: Sequence[int]) -> set[int]:
         """Tokens that must not come next. Bad words give way where they leave no token, and the least length
         where it leaves none that the grammar allows."""
+        if self._end_of_thought(drafts) is not None:
+            return set()
         is_short = self._num_output_tokens + len(drafts) < self._min_tokens
         stops = self._stop_ids if is_short or self._is_before_grammar(drafts) else set[int]()
         if stops and self._grammar is not None and not self._grammar.leaves_some(stops, drafts):
@@ -93,6 +103,9 @@ class LogitRules:
         if not bad:
             return stops
         return stops | bad if self._leaves_some(stops | bad, drafts) else stops
+
+    def _end_of_thought(self, drafts: Sequence[int]) -> np.ndarray | None:
+        return None if self._thinking is None else self._thinking.forced_words(drafts)
 
     def _is_before_grammar(self, drafts: Sequence[int]) -> bool:
         """Whether the part of the answer that has a grammar is still to come."""
@@ -120,6 +133,7 @@ def logit_rules(
         or sampling.allowed_token_ids is not None
         or _has_penalties(sampling)
         or grammar is not None
+        or sampling.thinking_budget is not None
     )
     return LogitRules(prompt_token_ids, sampling, num_token_ids, grammar) if has_rules else None
 

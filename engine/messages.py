@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.grammar import Grammar
+from nybble.engine.thinking_limit import ThinkingBudget
 
 FinishReason = Literal["stop", "length"]
 
@@ -22,7 +23,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     Penalties and logit_bias, pairs of token id and number, are defined in `kernels/logit_adjustments.py`.
     allowed_token_ids, if given, are all that can come. Of bad_words, lists of tokens, none comes whole in an
     output, unless nothing else is left. A stop token does not come before there are min_tokens tokens. Both
-    give way to a grammar that leaves nothing else.
+    give way to a grammar that leaves nothing else, and all to the end of a thinking budget.
     """
 
     max_tokens: int
@@ -41,6 +42,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
     grammar: Grammar | None = None
+    thinking_budget: ThinkingBudget | None = None
 
 
 class Request(Struct, frozen=True, kw_only=True, tag=True):

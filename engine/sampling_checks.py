@@ -54,6 +54,13 @@ def _check_lists(sampling: SamplingParams, num_token_ids: int) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, _MAX_ID)
     _check_ids("logit_bias", (token_id for token_id, _ in sampling.logit_bias), num_token_ids - 1)
     _check_ids("allowed_token_ids", sampling.allowed_token_ids or (), num_token_ids - 1)
+    budget = sampling.thinking_budget
+    if budget is not None:
+        _check_ids("thinking_budget", budget.end_token_ids, num_token_ids - 1)
+        if budget.num_tokens < 0 or not budget.end_token_ids:
+            raise InvalidRequestError(
+                "thinking_budget: expected 0 tokens or more, and an end", "thinking_budget"
+            )
     for word in sampling.bad_words:
         if not 1 <= len(word) <= MAX_BAD_WORD_LENGTH:
             raise InvalidRequestError(

@@ -17,7 +17,7 @@ from nybble.server.request_body import check_supported, decode_body
 from nybble.server.sampling_fields import settle_sampling, stop_strings
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage
 from nybble.server.served_model import ServedModel
-from nybble.server.thinking import ends_in_thought, has_thinking, template_options
+from nybble.server.thinking import ends_in_thought, has_thinking, template_options, thinking_budget
 from nybble.server.tools import Tools, check_tools, offered_tools
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
@@ -32,7 +32,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "prompt_logprobs": (),
     "skip_special_tokens": (True,),
-    "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),
     "verbosity": (),
@@ -88,7 +87,10 @@ def prepare_chat_request(
         prompt_token_ids = replay.replayed(cache_salt, prompt_token_ids)
     return ChatRequest(
         prompt_token_ids=prompt_token_ids,
-        sampling=_sampling(request, model, prompt_token_ids),
+        sampling=msgspec.structs.replace(
+            _sampling(request, model, prompt_token_ids),
+            thinking_budget=thinking_budget(request, model.tokenizer, prompt.text),
+        ),
         num_choices=request.n or 1,
         stop_strings=stop_strings(request),
         cache_salt=cache_salt,

@@ -109,6 +109,7 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     reasoning: ReasoningOptions | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: ThinkingOptions | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -126,7 +127,6 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     prediction: Any = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
-    thinking_token_budget: Any = None
     tool_choice: Any = None
     use_beam_search: bool | None = None
     verbosity: Any = None

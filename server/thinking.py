@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nybble.engine.thinking_limit import ThinkingBudget
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.answer_parser import END_THINK, THINK
 from nybble.server.errors import BadRequestError
@@ -14,6 +15,7 @@ from nybble.server.schemas import (
     TemplateOptions,
     ThinkingOptions,
 )
+from nybble.server.tool_call_parser import CALL
 
 Statement = tuple[str, bool | None]  # a field, and what it says if anything
 
@@ -57,6 +59,29 @@ def past_thought(index: int, message: ChatMessage) -> str | None:
 def has_thinking(tokenizer: Tokenizer) -> bool:
     """Whether the model has tags for its thoughts."""
     return tokenizer.has_token(THINK) and tokenizer.has_token(END_THINK)
+
+
+def thinking_budget(
+    request: ChatCompletionRequest, tokenizer: Tokenizer, prompt: str
+) -> ThinkingBudget | None:
+    """How many tokens the thought after a prompt may have. A call of a tool ends it, too.
+
+    Raises:
+        BadRequestError: the model has no tags for thoughts.
+    """
+    name = "thinking_token_budget"
+    if request.thinking_token_budget is None:
+        return None
+    if not has_thinking(tokenizer):
+        raise BadRequestError(f"{name}: not supported by this model", name, "unsupported_parameter")
+    if prompt.rstrip().endswith(END_THINK):
+        return None
+    ends = (END_THINK, CALL) if request.tools and tokenizer.has_token(CALL) else (END_THINK,)
+    return ThinkingBudget(
+        num_tokens=request.thinking_token_budget,
+        end_token_ids=tuple(tokenizer.encode(tag)[0] for tag in ends),
+        start_token_id=None if ends_in_thought(prompt) else tokenizer.encode(THINK)[0],
+    )
 
 
 def ends_in_thought(prompt: str) -> bool:

@@ -20,6 +20,7 @@ from nybble.engine.grammar import Grammar
 from nybble.engine.grammar_state import GrammarState
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import Request, RequestFailed, TokenEvent
+from nybble.engine.thinking_limit import ThinkingBudget
 from nybble.engine.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -55,7 +56,9 @@ def asked(tokenizer: Tokenizer) -> list[Request]:
         "lark": Grammar(kind="lark", text='start: "yes" | "no" | "maybe" "!"~1..5'),
         "thought": Grammar(kind="regex", text=bounded, after_token_id=thought),
         "other": None,
+        "budget": Grammar(kind="regex", text=bounded, after_token_id=thought),
     }
+    budget = ThinkingBudget(num_tokens=5, end_token_ids=(thought,))
     bias = {"thought": ((thought, 9.0),)}  # else this model hardly ever ends one
     return [
         request(
@@ -67,6 +70,7 @@ def asked(tokenizer: Tokenizer) -> list[Request]:
             stop_token_ids=(end,) if grammar else (),
             logit_bias=bias.get(name, ()),
             grammar=grammar,
+            thinking_budget=budget if name == "budget" else None,
         )
         for n, (name, grammar) in enumerate(grammars.items())
     ]
@@ -78,6 +82,9 @@ def check_answers(tokenizer: Tokenizer, answers: dict[str, list[int]]) -> None:
     assert sorted(found) == ["n", "s"] and isinstance(found["n"], int) and len(found["s"]) <= 5
     assert json.loads(texts["regex"])["n"] >= 0
     assert texts["lark"] in (b"yes", b"no") or re.fullmatch(b"maybe!{1,5}", texts["lark"])
+    (thought,) = tokenizer.encode("</think>")
+    assert answers["budget"].index(thought) == 5  # this model does not end it by itself
+    assert json.loads(texts["budget"].split(b"</think>", 1)[1])["n"] >= 0
     assert json.loads(texts["thought"].split(b"</think>", 1)[1])["n"] >= 0
 
 

@@ -152,7 +152,6 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"functions": [_FUNCTION]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"thinking_token_budget": 10}, "thinking_token_budget"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         (

@@ -8,10 +8,18 @@ import msgspec
 import pytest
 from tiny_tokenizer import write_tokenizer
 
+from nybble.engine.thinking_limit import ThinkingBudget
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.errors import BadRequestError
 from nybble.server.schemas import ChatCompletionRequest, ChatMessage
-from nybble.server.thinking import ends_in_thought, has_thinking, past_thought, template_options
+from nybble.server.served_model import ServedModel
+from nybble.server.thinking import (
+    ends_in_thought,
+    has_thinking,
+    past_thought,
+    template_options,
+    thinking_budget,
+)
 
 
 def _options(**fields: Any) -> dict[str, bool]:
@@ -98,3 +106,32 @@ def test_whether_a_prompt_ends_in_a_thought(prompt: str, wanted: bool) -> None:
 def test_whether_a_model_thinks(tmp_path: Path, tokens: tuple[str, ...], wanted: bool) -> None:
     write_tokenizer(tmp_path, text_tokens=tokens)
     assert has_thinking(Tokenizer(tmp_path)) == wanted
+
+
+def _ids(tokenizer: Tokenizer, *tags: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(tag)[0] for tag in tags)
+
+
+def _asked(**fields: Any) -> ChatCompletionRequest:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "thinking_token_budget": 7}
+    return msgspec.convert(body | fields, ChatCompletionRequest)
+
+
+def test_a_budget_by_how_the_prompt_ends(glm: ServedModel) -> None:
+    tokenizer = glm.tokenizer
+    end, start, call = _ids(tokenizer, "</think>", "<think>", "<tool_call>")
+    in_thought = thinking_budget(_asked(), tokenizer, "<|assistant|><think>")
+    assert in_thought == ThinkingBudget(num_tokens=7, end_token_ids=(end,))
+    open_to_it = thinking_budget(_asked(), tokenizer, "<|assistant|>")
+    assert open_to_it == ThinkingBudget(num_tokens=7, end_token_ids=(end,), start_token_id=start)
+    with_tools = thinking_budget(_asked(tools=[{}]), tokenizer, "<think>")
+    assert with_tools == ThinkingBudget(num_tokens=7, end_token_ids=(end, call))
+    assert thinking_budget(_asked(), tokenizer, "<|assistant|></think>") is None
+    assert thinking_budget(_asked(thinking_token_budget=None), tokenizer, "<think>") is None
+
+
+def test_a_budget_for_a_model_without_thoughts(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, text_tokens=())
+    with pytest.raises(BadRequestError, match="not supported by this model") as caught:
+        thinking_budget(_asked(), Tokenizer(tmp_path), "<|assistant|>")
+    assert caught.value.param == "thinking_token_budget"
