@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nybble.engine.errors import OptionError
+from nybble.engine.log_format import LogFormat
 from nybble.engine.placement import Split
 from nybble.engine.weight_dtypes import WeightDtypes
 
@@ -109,6 +110,7 @@ class EngineConfig:
             "(auto: where --tune writes them, if they are for this GPU)"
         },
     )
+    log_format: LogFormat = field(default="text", metadata={"help": "how log lines look"})
     max_model_len: int | None = field(
         default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )

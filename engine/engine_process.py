@@ -30,6 +30,7 @@ from nybble.engine.launch import REFUSED, end_with_parent
 from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.lifeline import end_process
 from nybble.engine.loading import Preparation, build_engine
+from nybble.engine.log_format import configure_logging
 from nybble.engine.messages import (
     Abort,
     EngineEvent,
@@ -56,8 +57,8 @@ logger = logging.getLogger("nybble.engine")
 def main() -> None:
     socket_path, log_level, encoded = sys.argv[1:]
     end_with_parent(signal.SIGKILL)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=int(log_level))
     config = msgspec.json.decode(encoded, type=EngineConfig)
+    configure_logging(int(log_level), config.log_format)
     is_first = LaunchedRank.from_environment().rank == 0
     end_process(run_rank(lambda: lead(config, socket_path) if is_first else follow(config)))
 

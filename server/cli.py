@@ -15,6 +15,7 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import NybbleError
 from nybble.engine.launch import end_with_parent
 from nybble.engine.launched_rank import LaunchedRank, is_launched
+from nybble.engine.log_format import configure_logging
 from nybble.server.bench_serving_options import add_bench_serving
 from nybble.server.chat_client import ChatClient
 from nybble.server.options import add_options, from_options
@@ -25,7 +26,7 @@ from nybble.server.terminal_chat import ask, converse
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Exit code 1 and one line on standard error when it cannot be done."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(logging.INFO, getattr(options, "log_format", "text"))
     try:
         options.run(options)
     except NybbleError as error:
