@@ -69,9 +69,10 @@ def test_at_a_rate_answers_are_not_waited_for() -> None:
         work = _work(server, Load(None, 100.0, 12, 60.0))
         timings = run_load(work)
     assert all(timing.error is None for timing in timings) and server.max_open > 3
+    timings.sort(key=lambda timing: timing.scheduled)
     due = [timing.scheduled - timings[0].scheduled for timing in timings]
-    assert np.allclose(due, [seconds for _, seconds in work.arrivals()])
-    assert all(timing.sent >= timing.scheduled for timing in timings)
+    assert np.allclose(due, [seconds for _, seconds in work.arrivals()], atol=1e-6)
+    assert all(timing.sent > timing.scheduled - 0.002 for timing in timings)  # uvloop counts in milliseconds
 
 
 def test_arrivals_are_a_poisson_process_that_a_seed_repeats() -> None:
@@ -91,7 +92,7 @@ def test_shares_make_up_the_whole() -> None:
     assert sorted(number for share in shares for number in share.numbers()) == list(range(31))
 
 
-@pytest.mark.parametrize("load", [Load(2, None, 100, 0.5), Load(None, 50.0, 100, 0.5)])
+@pytest.mark.parametrize("load", [Load(2, None, 100, 1.5), Load(None, 20.0, 100, 1.5)])
 def test_the_time_limit(load: Load) -> None:
     with running(SCRIPT, [HEAD, 30.0]) as server:
         timings = run_load(_work(server, load))
