@@ -91,7 +91,7 @@ def describe_api() -> dict[str, Any]:
 def _operation(operation: Operation, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]:
     content = {"application/json": {"schema": schemas[operation.answer]}}
     if operation.chunk is not None:
-        content["text/event-stream"] = {"schema": schemas[operation.chunk]}  # of each event's data
+        content["text/event-stream"] = {"schema": _event(schemas[operation.chunk])}
     error = {"description": "An error", "content": {"application/json": {"schema": schemas[ErrorAnswer]}}}
     described: dict[str, Any] = {
         "summary": operation.summary,
@@ -106,3 +106,10 @@ def _operation(operation: Operation, schemas: dict[type, dict[str, Any]]) -> dic
             {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     return described
+
+
+def _event(chunk: dict[str, Any]) -> dict[str, Any]:
+    """An event of a stream. `contentSchema` is what its data hold as JSON."""
+    piece = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+    data = {"anyOf": [piece, {"const": "[DONE]"}]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
