@@ -23,8 +23,8 @@ INSTALLED = {"numpy", "pytest", "torch", "transformers", "triton"}
 NEED_MORE = {
     "kernels/test_nvfp4.py": {"hypothesis"},
     "kernels/test_random_bits.py": {"hypothesis"},
-    "kernels/triton/test_launch_policy.py": {"msgspec", "safetensors", "tokenizers"},
-    "kernels/triton/test_triton_ops.py": {"msgspec", "safetensors", "tokenizers"},
+    "kernels/triton/test_launch_policy.py": {"llguidance", "msgspec", "safetensors", "tokenizers"},
+    "kernels/triton/test_triton_ops.py": {"llguidance", "msgspec", "safetensors", "tokenizers"},
 }
 
 

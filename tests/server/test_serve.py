@@ -332,7 +332,7 @@ def _wait_until(condition: Any) -> None:
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x " * 20_000}]}, openai.BadRequestError, "messages"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools[0].function"),
     ],
 )
 def test_bad_requests_through_the_client(
