@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from nybble.engine.tuning import TUNING
+from nybble.engine.ranks.tuning import TUNING
 
 os.environ.update(TUNING | os.environ)  # before torch is imported
 

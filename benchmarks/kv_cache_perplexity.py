@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from nybble.engine.tuning import TUNING
+from nybble.engine.ranks.tuning import TUNING
 
 os.environ.update(TUNING | os.environ)  # before torch is imported
 
@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nybble.engine.inventory import KVDtype
-from nybble.engine.kv_cache import KV_TORCH_DTYPES, CacheGeometry, allocate_kv_cache
-from nybble.engine.kv_scales import read_kv_scales
+from nybble.engine.checkpoint.kv_scales import read_kv_scales
+from nybble.engine.checkpoint.verify_checkpoint import check_structure
 from nybble.engine.messages import SamplingParams
-from nybble.engine.model import Glm4Moe
-from nybble.engine.placement import Placement
-from nybble.engine.step import Chunk, StepPlan, build_step_input
+from nybble.engine.model.kv_cache import KV_TORCH_DTYPES, CacheGeometry, allocate_kv_cache
+from nybble.engine.model.model import Glm4Moe
+from nybble.engine.model.weights import load_weights
+from nybble.engine.planning.inventory import KVDtype
+from nybble.engine.planning.placement import Placement
+from nybble.engine.scheduling.step import Chunk, StepPlan, build_step_input
 from nybble.engine.tokenizer import Tokenizer
-from nybble.engine.verify_checkpoint import check_structure
-from nybble.engine.weights import load_weights
 from nybble.kernels.ops import KVCacheLayer
 from nybble.kernels.reference_ops import ReferenceOps
 

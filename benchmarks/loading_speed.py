@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from nybble.engine.tuning import TUNING
+from nybble.engine.ranks.tuning import TUNING
 
 os.environ.update(TUNING | os.environ)  # before torch is imported
 
@@ -32,10 +32,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.checkpoint.checkpoint import Checkpoint
+from nybble.engine.checkpoint.verify_checkpoint import check_structure
 from nybble.engine.machine import processor_name
-from nybble.engine.verify_checkpoint import check_structure
-from nybble.engine.weights import Stored, load_weights
+from nybble.engine.model.weights import Stored, load_weights
 
 COLD = ("sequential read, cold", "load, cold")
 WARM = ("sequential read, warm", "load, warm")

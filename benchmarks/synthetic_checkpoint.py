@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.engine.checkpoint_writer import CheckpointWriter
-from nybble.engine.layouts import MODELOPT_NVFP4
-from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Parameter, expected_parameters
-from nybble.engine.quantize_recipe import QuantizeRecipe
+from nybble.engine.checkpoint.checkpoint_writer import CheckpointWriter
+from nybble.engine.checkpoint.layouts import MODELOPT_NVFP4
+from nybble.engine.checkpoint.model_config import ModelConfig
+from nybble.engine.checkpoint.parameters import Parameter, expected_parameters
+from nybble.engine.checkpoint.quantize_recipe import QuantizeRecipe
 from nybble.kernels.quantized_tensor import NVFP4, QuantizedTensor
 
 CONFIG: dict[str, Any] = {

@@ -10,8 +10,8 @@ from nybble.engine.engine_bench import BenchCase
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.loading import build_engine
-from nybble.engine.null_model import MAX_MODEL_LEN, NULL_MODEL, VOCAB_SIZE, null_engine
-from nybble.engine.start import StartedRank
+from nybble.engine.model.null_model import MAX_MODEL_LEN, NULL_MODEL, VOCAB_SIZE, null_engine
+from nybble.engine.ranks.start import StartedRank
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from typing import Protocol
 
 import msgspec
 
-from nybble.engine.admission import AdmissionControl
+from nybble.engine.drafting.speculator import Speculator
 from nybble.engine.engine_stats import StatsRecorder
 from nybble.engine.errors import ContextLengthError, EngineBrokenError, InvalidRequestError
-from nybble.engine.grammar import Grammar
-from nybble.engine.grammar_compiler import GrammarCompiler
-from nybble.engine.grammar_state import GrammarState
-from nybble.engine.logit_rules import logit_rules
+from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar_compiler import GrammarCompiler
+from nybble.engine.grammar.grammar_state import GrammarState
 from nybble.engine.messages import (
     EngineStats,
     Request,
@@ -26,12 +25,13 @@ from nybble.engine.messages import (
     SamplingParams,
     StepEvent,
 )
-from nybble.engine.removable_heap import RemovableHeap
-from nybble.engine.sampling_checks import check_sampling
-from nybble.engine.scheduler import Scheduler
-from nybble.engine.sequence import Sequence
-from nybble.engine.speculator import Speculator
-from nybble.engine.step import SampledToken, StepPlan
+from nybble.engine.sampling.logit_rules import logit_rules
+from nybble.engine.sampling.sampling_checks import check_sampling
+from nybble.engine.scheduling.admission import AdmissionControl
+from nybble.engine.scheduling.removable_heap import RemovableHeap
+from nybble.engine.scheduling.scheduler import Scheduler
+from nybble.engine.scheduling.sequence import Sequence
+from nybble.engine.scheduling.step import SampledToken, StepPlan
 
 logger = logging.getLogger("nybble.engine")
 

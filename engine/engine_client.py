@@ -21,9 +21,7 @@ from nybble.engine.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
-from nybble.engine.grammar_checker import GrammarChecker
-from nybble.engine.launch import engine_command, engine_environment
-from nybble.engine.launched_rank import is_launched
+from nybble.engine.grammar.grammar_checker import GrammarChecker
 from nybble.engine.messages import (
     Abort,
     EngineEvent,
@@ -37,6 +35,8 @@ from nybble.engine.messages import (
     ToEngine,
     TokenEvent,
 )
+from nybble.engine.ranks.launch import engine_command, engine_environment
+from nybble.engine.ranks.launched_rank import is_launched
 
 logger = logging.getLogger("nybble.engine_client")
 

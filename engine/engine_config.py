@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
 from nybble.engine.errors import OptionError
 from nybble.engine.log_format import LogFormat
-from nybble.engine.placement import Split
-from nybble.engine.weight_dtypes import WeightDtypes
+from nybble.engine.planning.placement import Split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,7 @@ from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import EngineBrokenError, InvalidRequestError, NybbleError, QueueFullError
-from nybble.engine.grammar_queue import GrammarQueue
-from nybble.engine.launch import REFUSED, end_with_parent
-from nybble.engine.launched_rank import LaunchedRank
-from nybble.engine.lifeline import end_process
+from nybble.engine.grammar.grammar_queue import GrammarQueue
 from nybble.engine.loading import Preparation, build_engine
 from nybble.engine.log_format import configure_logging
 from nybble.engine.messages import (
@@ -41,11 +38,14 @@ from nybble.engine.messages import (
     RequestRefused,
     ToEngine,
 )
+from nybble.engine.model.worker import Worker
 from nybble.engine.null_serving import start_null_engine
-from nybble.engine.placement import Placement
-from nybble.engine.rank_group import RankGroup
-from nybble.engine.start import StartedRank, start_rank
-from nybble.engine.worker import Worker
+from nybble.engine.planning.placement import Placement
+from nybble.engine.ranks.launch import REFUSED, end_with_parent
+from nybble.engine.ranks.launched_rank import LaunchedRank
+from nybble.engine.ranks.lifeline import end_process
+from nybble.engine.ranks.rank_group import RankGroup
+from nybble.engine.ranks.start import StartedRank, start_rank
 
 _STATS_INTERVAL = 1.0  # seconds
 _LIFELINE_TIME = 0.5  # seconds

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nybble.engine.histogram import POWERS_OF_TWO, SECONDS, Histogram
 from nybble.engine.messages import EngineStats, TokenEvent
-from nybble.engine.step import StepPlan
+from nybble.engine.scheduling.step import StepPlan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from nybble.engine.errors import OptionError
-from nybble.engine.gpu_specs import GIB, GpuSpec
-from nybble.engine.launched_rank import LaunchedRank
+from nybble.engine.planning.gpu_specs import GIB, GpuSpec
+from nybble.engine.ranks.launched_rank import LaunchedRank
 
 
 @dataclass(frozen=True)

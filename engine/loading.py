@@ -14,36 +14,36 @@ import msgspec
 import torch
 
 from nybble.engine.backend import make_ops
-from nybble.engine.block_pool import BlockPool
-from nybble.engine.checkpoint import Checkpoint
-from nybble.engine.decode_graphs import record_cuda_graph
-from nybble.engine.draft_model import DraftModel
-from nybble.engine.draft_worker import DraftWorker
-from nybble.engine.drafter import Drafter, ModelDrafter
+from nybble.engine.checkpoint.checkpoint import Checkpoint
+from nybble.engine.checkpoint.kv_scales import KVScales, read_kv_scales
+from nybble.engine.checkpoint.model_config import ModelConfig
+from nybble.engine.checkpoint.quantization_config import read_quantization_config
+from nybble.engine.checkpoint.verify_checkpoint import check_structure
+from nybble.engine.checkpoint.vocabulary import count_token_ids
+from nybble.engine.drafting.draft_model import DraftModel
+from nybble.engine.drafting.draft_worker import DraftWorker
+from nybble.engine.drafting.drafter import Drafter, ModelDrafter
+from nybble.engine.drafting.speculator import Speculator
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
-from nybble.engine.grammar_compiler import GrammarCompiler
+from nybble.engine.grammar.grammar_compiler import GrammarCompiler
 from nybble.engine.hardware import Hardware, detect
-from nybble.engine.inventory import read_inventory
-from nybble.engine.kv_cache import allocate_kv_cache
-from nybble.engine.kv_scales import KVScales, read_kv_scales
-from nybble.engine.launched_rank import LaunchedRank
 from nybble.engine.messages import EngineReady
-from nybble.engine.model import Glm4Moe
-from nybble.engine.model_config import ModelConfig
-from nybble.engine.model_runner import ModelRunner
-from nybble.engine.placement import Placement
-from nybble.engine.quantization_config import read_quantization_config
-from nybble.engine.rank_group import RankGroup
+from nybble.engine.model.decode_graphs import record_cuda_graph
+from nybble.engine.model.kv_cache import allocate_kv_cache
+from nybble.engine.model.model import Glm4Moe
+from nybble.engine.model.model_runner import ModelRunner
+from nybble.engine.model.weights import load_weights
+from nybble.engine.model.worker import Worker
+from nybble.engine.planning.inventory import read_inventory
+from nybble.engine.planning.placement import Placement
+from nybble.engine.ranks.launched_rank import LaunchedRank
+from nybble.engine.ranks.rank_group import RankGroup
 from nybble.engine.resolution import MemoryPlan, resolve
-from nybble.engine.sampler import Sampler
-from nybble.engine.scheduler import Scheduler
-from nybble.engine.speculator import Speculator
-from nybble.engine.verify_checkpoint import check_structure
-from nybble.engine.vocabulary import count_token_ids
-from nybble.engine.weights import load_weights
-from nybble.engine.worker import Worker
+from nybble.engine.sampling.sampler import Sampler
+from nybble.engine.scheduling.block_pool import BlockPool
+from nybble.engine.scheduling.scheduler import Scheduler
 from nybble.kernels.ops import KVCacheLayer
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from msgspec import Struct
 
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.grammar import Grammar
-from nybble.engine.thinking_limit import ThinkingBudget
+from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.sampling.thinking_limit import ThinkingBudget
 
 FinishReason = Literal["stop", "length"]
 

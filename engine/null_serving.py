@@ -13,7 +13,7 @@ from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.messages import EngineReady
-from nybble.engine.null_model import MAX_MODEL_LEN, VOCAB_SIZE, null_engine
+from nybble.engine.model.null_model import MAX_MODEL_LEN, VOCAB_SIZE, null_engine
 from nybble.engine.tokenizer import Tokenizer
 
 _WORD = " word"  # what it answers with, over and over

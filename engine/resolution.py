@@ -9,15 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype, resolve_launch_table
-from nybble.engine.capacity import make_plan
+from nybble.engine.checkpoint.model_config import ModelConfig
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
-from nybble.engine.gpu_specs import GIB, GpuSet
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import EXPERTS, Group, Inventory, KVDtype
-from nybble.engine.kv_cache import KV_TORCH_DTYPES, CacheGeometry
-from nybble.engine.model_config import ModelConfig
-from nybble.engine.placement import Placement
+from nybble.engine.model.kv_cache import KV_TORCH_DTYPES, CacheGeometry
+from nybble.engine.planning.capacity import make_plan
+from nybble.engine.planning.gpu_specs import GIB, GpuSet
+from nybble.engine.planning.inventory import EXPERTS, Group, Inventory, KVDtype
+from nybble.engine.planning.placement import Placement
 
 MAX_SPECULATIVE_TOKENS = 4
 _CPU_CACHE_BYTES = 4 * GIB  # the most that is taken without being asked for

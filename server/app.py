@@ -28,11 +28,13 @@ from nybble.engine.errors import (
     RequestFailedError,
     RequestTimeoutError,
 )
-from nybble.server.access import Access
-from nybble.server.chat_request import parse_chat_request, prepare_chat_request
+from nybble.server.access.access import Access
+from nybble.server.access.key_gate import KeyGate, visit_of
+from nybble.server.access.metered_engine import MeteredEngine, own_salt
+from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
+from nybble.server.chat.completion import Completion
+from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.coalescing import coalesce
-from nybble.server.completion import Completion
-from nybble.server.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.errors import (
     APIError,
     BadRequestError,
@@ -45,17 +47,15 @@ from nybble.server.errors import (
     UnavailableError,
 )
 from nybble.server.keep_alive import kept_alive
-from nybble.server.key_gate import KeyGate, visit_of
-from nybble.server.metered_engine import MeteredEngine, own_salt
 from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
-from nybble.server.replay_store import ReplayStore
 from nybble.server.request_ids import RequestIds
-from nybble.server.schemas import ChatCompletionRequest, Model, ModelList, Version
+from nybble.server.requests.completion_request import parse_completion_request, prepare_completion_request
+from nybble.server.requests.schemas import ChatCompletionRequest, Model, ModelList, Version
+from nybble.server.requests.tokenize_request import detokenize, tokenize
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
-from nybble.server.text_completion import TextCompletionRun
-from nybble.server.tokenize_request import detokenize, tokenize
+from nybble.server.text.text_completion import TextCompletionRun
 from nybble.server.work_pool import WorkPool
 
 logger = logging.getLogger("nybble.server")

@@ -2,7 +2,7 @@
 
 from nybble.engine.engine_config import EngineConfig
 from nybble.server.llm import LLM
-from nybble.server.sampling_options import SamplingOptions
+from nybble.server.requests.sampling_options import SamplingOptions
 
 llm = LLM(EngineConfig(checkpoint="build/demo-checkpoint"))
 answers = llm.chat([[{"role": "user", "content": "What is the capital of France?"}]])
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from nybble.engine.tuning import TUNING
+from nybble.engine.ranks.tuning import TUNING
 
 os.environ.update(TUNING | os.environ)  # before torch is imported
 
@@ -28,11 +28,11 @@ from nybble.engine.errors import InvalidRequestError, RequestFailedError
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import FinishReason, Request, RequestFailed, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.sampling_fields import MAX_CHOICES
-from nybble.server.sampling_options import SamplingOptions, choice_sampling
-from nybble.server.schemas import LogprobEntry
+from nybble.server.requests.sampling_fields import MAX_CHOICES
+from nybble.server.requests.sampling_options import SamplingOptions, choice_sampling
+from nybble.server.requests.schemas import LogprobEntry
 from nybble.server.served_model import ServedModel, describe_model
-from nybble.server.text_stream import TextStream
+from nybble.server.text.text_stream import TextStream
 
 
 @dataclass(frozen=True, kw_only=True)

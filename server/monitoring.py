@@ -11,7 +11,7 @@ from nybble.engine.engine_client import ObservedEngine
 from nybble.server.errors import UnavailableError
 from nybble.server.metrics import CONTENT_TYPE, Metrics
 from nybble.server.readiness import Readiness
-from nybble.server.schemas import Status
+from nybble.server.requests.schemas import Status
 
 
 class Monitoring:

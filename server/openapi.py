@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from nybble.server.completion_schemas import (
+from nybble.server.requests.completion_schemas import (
     CompletionRequest,
     DetokenizeAnswer,
     DetokenizeRequest,
@@ -16,7 +16,7 @@ from nybble.server.completion_schemas import (
     TokenizeAnswer,
     TokenizeRequest,
 )
-from nybble.server.schemas import (
+from nybble.server.requests.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,

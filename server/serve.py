@@ -20,13 +20,13 @@ from nybble.engine.engine_client import SubprocessEngine
 from nybble.engine.errors import EngineDeadError
 from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.access import Access
-from nybble.server.api_keys import KeyFileError, read_keys
+from nybble.server.access.access import Access
+from nybble.server.access.api_keys import KeyFileError, read_keys
+from nybble.server.access.usage_ledger import UsageLedger
 from nybble.server.app import create_app
 from nybble.server.listening import bind, listen, tls_context, url_of
 from nybble.server.served_model import describe_model
 from nybble.server.server_config import ServeConfig, ServerConfig
-from nybble.server.usage_ledger import UsageLedger
 
 logger = logging.getLogger("nybble.server")
 

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nybble.engine.checkpoint.model_config import read_json_object
 from nybble.engine.errors import ConfigError
 from nybble.engine.messages import EngineReady
-from nybble.engine.model_config import read_json_object
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.errors import BadRequestError, NotFoundError
 

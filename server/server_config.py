@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nybble.engine.engine_config import EngineConfig
-from nybble.server.prices import Prices
+from nybble.server.access.prices import Prices
 
 
 @dataclass(frozen=True, kw_only=True)

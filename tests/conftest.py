@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 def demo_checkpoint() -> Path:
     """The demo checkpoint where scripts/demo keeps it, prepared if it is not there."""
     # Here, since it takes libraries that a machine for checking kernels may lack.
-    from nybble.server.demo import prepare_demo
+    from nybble.server.commands.demo import prepare_demo
 
     directory = ROOT / "build" / "demo-checkpoint"
     directory.parent.mkdir(exist_ok=True)

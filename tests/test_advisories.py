@@ -37,17 +37,17 @@ from scripted_engine import ScriptedEngine
 from starlette.routing import Route
 from tiny_tokenizer import tiny_tokenizer, write_tokenizer
 
-from nybble.engine.checkpoint import Checkpoint
+from nybble.engine.checkpoint.checkpoint import Checkpoint
 from nybble.engine.errors import CheckpointError, InvalidRequestError
-from nybble.engine.grammar import Grammar
-from nybble.engine.grammar_checker import GrammarChecker
+from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar_checker import GrammarChecker
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.access import Access
-from nybble.server.api_keys import APIKey
+from nybble.server.access.access import Access
+from nybble.server.access.api_keys import APIKey
+from nybble.server.access.usage_ledger import UsageLedger
 from nybble.server.app import create_app
 from nybble.server.served_model import SamplingDefaults, ServedModel
 from nybble.server.server_config import ServerConfig
-from nybble.server.usage_ledger import UsageLedger
 
 ROOT = Path(__file__).parent.parent
 CHAT = "/v1/chat/completions"
@@ -244,7 +244,7 @@ def test_no_address_is_fetched(model: ServedModel, kind: str) -> None:
 
 @pytest.mark.parametrize("start", [-8, 0, 2**63])
 def test_a_models_files_are_checked_before_they_are_read(tmp_path: Path, start: int) -> None:
-    """And more of that: tests/engine/test_checkpoint.py."""
+    """And more of that: tests/engine/checkpoint/test_checkpoint.py."""
     write(tmp_path / "model.safetensors", {"a": entry("F32", [2**40], start, start + 2**42)}, b"1234")
     with pytest.raises(CheckpointError):
         Checkpoint.open(tmp_path)

@@ -48,7 +48,7 @@ def test_namespace_does_not_shadow_other_packages(wheel: Path, tmp_path: Path) -
 def test_installed_from_the_wheel_it_imports(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    code = "import nybble.server.cli as c; print(c.__file__)"
+    code = "import nybble.server.commands.cli as c; print(c.__file__)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -57,7 +57,7 @@ def test_installed_from_the_wheel_it_imports(wheel: Path, tmp_path: Path) -> Non
         check=True,
         env={"PYTHONPATH": str(tmp_path)},
     )
-    assert result.stdout.strip() == str(tmp_path / "nybble" / "server" / "cli.py")
+    assert result.stdout.strip() == str(tmp_path / "nybble" / "server" / "commands" / "cli.py")
 
 
 def test_no_package_marker_in_the_source_folders() -> None:

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_runner import VOCABULARY, next_token
 
-from nybble.engine.block_pool import BlockPool
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.messages import Request, SamplingParams, TokenEvent
-from nybble.engine.scheduler import Scheduler
-from nybble.engine.step import SampledToken, StepPlan, build_step_input
+from nybble.engine.scheduling.block_pool import BlockPool
+from nybble.engine.scheduling.scheduler import Scheduler
+from nybble.engine.scheduling.step import SampledToken, StepPlan, build_step_input
 
 BLOCK_SIZE = 16
 STEP_COST, TOKEN_COST = 0.010, 0.00005  # seconds

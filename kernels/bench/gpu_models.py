@@ -2,7 +2,7 @@
 
 Nothing here was measured by this project. Peaks are dense, of bfloat16 with float32 sums, from the vendor's
 data sheets; clocks are those at which the multiprocessors give that peak, and the kernels' instructions are
-counted at the same clock. Bandwidths are those of engine/gpu_specs.py, which names their sources.
+counted at the same clock. Bandwidths are those of engine/planning/gpu_specs.py, which names their sources.
 """
 
 from __future__ import annotations

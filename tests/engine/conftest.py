@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nybble.engine.scheduler import Scheduler
+from nybble.engine.scheduling.scheduler import Scheduler
 
 
 @pytest.fixture(autouse=True)

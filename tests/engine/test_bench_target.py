@@ -10,8 +10,8 @@ from nybble.engine.bench_target import BenchTarget, null_target, num_cache_token
 from nybble.engine.engine_bench import BenchCase, measure
 from nybble.engine.engine_config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from nybble.engine.errors import OptionError
-from nybble.engine.null_model import NULL_MODEL
-from nybble.engine.start import start_rank
+from nybble.engine.model.null_model import NULL_MODEL
+from nybble.engine.ranks.start import start_rank
 
 CONFIG = EngineConfig(checkpoint=NULL_MODEL)
 

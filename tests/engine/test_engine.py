@@ -20,7 +20,7 @@ from nybble.engine.errors import (
     QueueFullError,
 )
 from nybble.engine.messages import Request, RequestFailed
-from nybble.engine.step import StepPlan
+from nybble.engine.scheduling.step import StepPlan
 
 LENGTHS = (1, 5, 15, 16, 17, 31, 40, 64)
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 40}
@@ -425,7 +425,7 @@ def test_a_request_that_cannot_be_added_leaves_nothing(monkeypatch: pytest.Monke
     harness = Harness()
     harness.add("a", distinct_prompt(5, 1), deadline=10.0)
     with monkeypatch.context() as patch:
-        patch.setattr("nybble.engine.block_pool.hashlib.blake2b", None)
+        patch.setattr("nybble.engine.scheduling.block_pool.hashlib.blake2b", None)
         with pytest.raises(TypeError):
             harness.add("bad", distinct_prompt(9, 2), deadline=10.0)
     harness.engine.check()

@@ -13,7 +13,7 @@ from nybble.engine.engine import Engine
 from nybble.engine.engine_bench import BenchCase, BenchError, Spread, measure
 from nybble.engine.engine_config import EngineConfig, SchedulerConfig
 from nybble.engine.messages import TokenEvent
-from nybble.engine.null_model import NULL_MODEL, null_engine
+from nybble.engine.model.null_model import NULL_MODEL, null_engine
 
 
 def _engine(**scheduler: int) -> Engine:

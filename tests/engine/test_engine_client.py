@@ -31,7 +31,7 @@ from nybble.engine.errors import (
 )
 from nybble.engine.messages import EngineStats, Request
 
-ENGINE, LAUNCHER = "nybble.engine.engine_process", "nybble.engine.launch"
+ENGINE, LAUNCHER = "nybble.engine.engine_process", "nybble.engine.ranks.launch"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
 from nybble.engine.engine_config import (
     CacheConfig,
     EngineConfig,
@@ -12,8 +13,7 @@ from nybble.engine.engine_config import (
     SpeculationConfig,
 )
 from nybble.engine.errors import OptionError
-from nybble.engine.placement import Split
-from nybble.engine.weight_dtypes import WeightDtypes
+from nybble.engine.planning.placement import Split
 
 
 @pytest.mark.parametrize(

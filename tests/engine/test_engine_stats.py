@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from paged_runner import PagedRunner
 from running import random_prompt, request
 
-from nybble.engine.block_pool import BlockPool
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges, StatsRecorder
 from nybble.engine.histogram import POWERS_OF_TWO, SECONDS
 from nybble.engine.messages import HistogramCounts, TokenEvent
-from nybble.engine.scheduler import Scheduler
-from nybble.engine.step import Chunk, SampledToken, StepPlan
+from nybble.engine.scheduling.block_pool import BlockPool
+from nybble.engine.scheduling.scheduler import Scheduler
+from nybble.engine.scheduling.step import Chunk, SampledToken, StepPlan
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 24
 NOTHING = Gauges(0, 0, 0, 0, 0)

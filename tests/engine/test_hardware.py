@@ -9,9 +9,9 @@ import torch
 
 from nybble.engine import hardware
 from nybble.engine.errors import OptionError
-from nybble.engine.gpu_specs import GIB
 from nybble.engine.hardware import Hardware, detect
-from nybble.engine.launched_rank import LaunchedRank
+from nybble.engine.planning.gpu_specs import GIB
+from nybble.engine.ranks.launched_rank import LaunchedRank
 
 MEMINFO = "MemTotal:       32768 kB\nMemFree:         1024 kB\nMemAvailable:   20480 kB\nBuffers: 5 kB\n"
 AVAILABLE = 20480 * 1024

@@ -20,7 +20,7 @@ from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig, ParallelConfig, SpeculationConfig
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import Request, TokenEvent
-from nybble.engine.placement import Split
+from nybble.engine.planning.placement import Split
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "frequency_penalty": 0.3}
 SPLITS = [Split(2), Split(4), Split(1, 1, 2)]

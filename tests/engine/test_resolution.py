@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from nybble.engine.checkpoint.model_config import ModelConfig
+from nybble.engine.checkpoint.parameters import Shard
 from nybble.engine.engine_config import (
     CacheConfig,
     EngineConfig,
@@ -18,13 +20,11 @@ from nybble.engine.engine_config import (
     SpeculationConfig,
 )
 from nybble.engine.errors import OptionError
-from nybble.engine.gpu_specs import GIB
 from nybble.engine.hardware import Hardware
-from nybble.engine.inventory import EMBEDDING, EXPERTS, HEAD, Group, Inventory
-from nybble.engine.kv_cache import CacheGeometry
-from nybble.engine.model_config import ModelConfig
-from nybble.engine.parameters import Shard
-from nybble.engine.placement import Placement, Split
+from nybble.engine.model.kv_cache import CacheGeometry
+from nybble.engine.planning.gpu_specs import GIB
+from nybble.engine.planning.inventory import EMBEDDING, EXPERTS, HEAD, Group, Inventory
+from nybble.engine.planning.placement import Placement, Split
 from nybble.engine.resolution import MemoryPlan, resolve
 
 GLM_4_7: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "glm-4.7-config.json").read_text())

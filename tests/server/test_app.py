@@ -20,8 +20,8 @@ from nybble.engine.errors import (
 )
 from nybble.engine.messages import CacheExplanation
 from nybble.engine.tokenizer import Tokenizer
+from nybble.server.access.prices import Prices
 from nybble.server.app import create_app
-from nybble.server.prices import Prices
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 

@@ -10,7 +10,7 @@ import pytest
 from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
 from nybble.server.llm import LLM
-from nybble.server.sampling_options import SamplingOptions
+from nybble.server.requests.sampling_options import SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0.0, max_tokens=16)
 

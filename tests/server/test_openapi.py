@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from nybble.server.app import create_app
 from nybble.server.openapi import OPERATIONS, Operation, describe_api
-from nybble.server.schemas import ErrorAnswer
+from nybble.server.requests.schemas import ErrorAnswer
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from paged_runner import VOCABULARY, PagedRunner, next_token
 
-from nybble.engine.block_pool import BlockPool
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.messages import CacheExplanation, Request, RequestFailed, SamplingParams, StepEvent
-from nybble.engine.scheduler import Scheduler
+from nybble.engine.scheduling.block_pool import BlockPool
+from nybble.engine.scheduling.scheduler import Scheduler
 
 BLOCK_SIZE = 4
 

@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 
-from nybble.engine.step import Chunk, SampledToken, StepPlan
+from nybble.engine.scheduling.step import Chunk, SampledToken, StepPlan
 
 VOCABULARY = 8
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from nybble.engine.tuning import TUNING
+from nybble.engine.ranks.tuning import TUNING
 
 DEADLINE = 60.0  # seconds; only a hang reaches it
 

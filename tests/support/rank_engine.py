@@ -17,7 +17,7 @@ from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.loading import build_engine
 from nybble.engine.messages import Request
-from nybble.engine.start import start_rank
+from nybble.engine.ranks.start import start_rank
 
 Tokens = dict[str, list[int]]  # of each request
 

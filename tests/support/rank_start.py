@@ -12,8 +12,8 @@ import msgspec
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.engine_process import run_rank
 from nybble.engine.errors import NybbleError
-from nybble.engine.lifeline import end_process
-from nybble.engine.start import start_rank
+from nybble.engine.ranks.lifeline import end_process
+from nybble.engine.ranks.start import start_rank
 
 
 def main() -> None:

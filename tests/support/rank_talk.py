@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.engine.launched_rank import LaunchedRank
-from nybble.engine.placement import Placement, Split
-from nybble.engine.rank_group import Announced, RankGroup
+from nybble.engine.planning.placement import Placement, Split
+from nybble.engine.ranks.launched_rank import LaunchedRank
+from nybble.engine.ranks.rank_group import Announced, RankGroup
 
 ANNOUNCEMENTS = [[5], [1 << 40, -1, 7], list(range(3000))]
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from nybble.engine.drafter import Drafter, Drafts
+from nybble.engine.drafting.drafter import Drafter, Drafts
 from nybble.engine.messages import Request
-from nybble.engine.step import SampledToken, StepPlan
+from nybble.engine.scheduling.step import SampledToken, StepPlan
 
 Kind = Literal["right", "wrong", "mixed", "too few"]
 

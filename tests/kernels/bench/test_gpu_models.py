@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nybble.engine.gpu_specs import KNOWN_GPUS
+from nybble.engine.planning.gpu_specs import KNOWN_GPUS
 from nybble.kernels.bench.gpu_models import GPU_MODELS, GpuModel, find_gpu_model
 from nybble.kernels.compiled.resource_check import ARCHES
 

@@ -15,8 +15,8 @@ from tiny_glm import make_checkpoint
 from torch import Tensor
 from triton_device import ARCHES, DEVICE
 
-from nybble.engine.quantize_checkpoint import quantize_checkpoint
-from nybble.engine.quantize_recipe import QuantizeRecipe
+from nybble.engine.checkpoint.quantize_checkpoint import quantize_checkpoint
+from nybble.engine.checkpoint.quantize_recipe import QuantizeRecipe
 from nybble.kernels import fp8, nvfp4
 from nybble.kernels.ops import (
     AttentionBatch,

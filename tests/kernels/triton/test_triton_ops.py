@@ -17,10 +17,10 @@ from tiny_glm import make_checkpoint, make_predictable
 from torch import Tensor
 from triton_device import ARCHES, DEVICE
 
+from nybble.engine.checkpoint.quantize_checkpoint import quantize_checkpoint
+from nybble.engine.checkpoint.quantize_recipe import QuantizeRecipe
+from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
 from nybble.engine.engine_config import SpeculationConfig
-from nybble.engine.quantize_checkpoint import quantize_checkpoint
-from nybble.engine.quantize_recipe import QuantizeRecipe
-from nybble.engine.weight_dtypes import WeightDtypes
 from nybble.kernels import nvfp4
 from nybble.kernels.ops import MlpWeights, MoeWeights, Ops, RmsNorm, RouterWeights
 from nybble.kernels.quantized_tensor import QuantizedTensor, stack

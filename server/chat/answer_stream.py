@@ -1,0 +1,61 @@
+"""From an engine's tokens to the pieces of a chat answer; streamed or not, the same pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nybble.engine.messages import FinishReason, TokenEvent
+from nybble.server.chat.answer_parser import AnswerParser, Piece
+from nybble.server.requests.schemas import LogprobEntry
+from nybble.server.text.text_stream import TextStream
+
+AnswerFinish = FinishReason | Literal["tool_calls"]
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """What a token adds to an answer. Its last one carries the finish reason.
+
+    text: as the model wrote it, tags included; logprobs: never without a piece or a finish reason.
+    """
+
+    pieces: tuple[Piece, ...]
+    text: str
+    logprobs: tuple[LogprobEntry, ...]
+    is_reasoning_token: bool
+    finish_reason: AnswerFinish | None
+
+
+class AnswerStream:
+    """A text stream and the parser of its text."""
+
+    def __init__(self, text_stream: TextStream, parser: AnswerParser) -> None:
+        self._text_stream = text_stream
+        self._parser = parser
+        self._logprobs: tuple[LogprobEntry, ...] = ()  # of text that the parser holds back
+
+    def feed(self, event: TokenEvent) -> AnswerDelta:
+        delta = self._text_stream.feed(event)
+        was_thinking = self._parser.is_thinking
+        pieces = self._parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            pieces += self._parser.finish(is_cut=delta.finish_reason == "length")
+        finish_reason = self._finish_reason(delta.finish_reason)
+        return AnswerDelta(
+            pieces=tuple(pieces),
+            text=delta.text,
+            logprobs=self._released(delta.logprobs, is_due=bool(pieces) or finish_reason is not None),
+            is_reasoning_token=was_thinking or self._parser.is_thinking,
+            finish_reason=finish_reason,
+        )
+
+    def _finish_reason(self, of_text: FinishReason | None) -> AnswerFinish | None:
+        if self._parser.is_over or (of_text == "stop" and self._parser.has_calls):
+            return "tool_calls"
+        return of_text
+
+    def _released(self, logprobs: tuple[LogprobEntry, ...], is_due: bool) -> tuple[LogprobEntry, ...]:
+        held = self._logprobs + logprobs
+        self._logprobs = () if is_due else held
+        return held if is_due else ()

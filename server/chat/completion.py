@@ -1,0 +1,199 @@
+"""One chat completion: run its choices on the engine, and shape what comes back."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+from msgspec import UNSET, UnsetType
+
+from nybble.engine.engine_client import EngineClient
+from nybble.engine.messages import CacheExplanation, Request
+from nybble.server.access.prices import Prices
+from nybble.server.chat.answer_message import AnswerMessage, MessageDeltas
+from nybble.server.chat.answer_parser import AnswerParser
+from nybble.server.chat.answer_stream import AnswerDelta, AnswerStream
+from nybble.server.chat.chat_request import ChatRequest
+from nybble.server.chat.replay_store import ReplayStore
+from nybble.server.requests.sampling_options import choice_sampling
+from nybble.server.requests.schemas import (
+    CacheMiss,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    ChoiceLogprobs,
+    ChunkChoice,
+    CompletionTokensDetails,
+    LogprobEntry,
+    MessageDelta,
+    PromptTokensDetails,
+    Usage,
+)
+from nybble.server.served_model import ServedModel
+from nybble.server.text.choices import run_choices
+from nybble.server.text.text_stream import TextStream
+
+
+class Completion:
+    """Iterate `deltas` to run it; `usage` then tells what was used so far."""
+
+    def __init__(
+        self,
+        request: ChatRequest,
+        engine: EngineClient,
+        model: ServedModel,
+        prices: Prices,
+        replay: ReplayStore,
+    ) -> None:
+        self.completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._request = request
+        self._engine = engine
+        self._model = model
+        self._prices = prices
+        self._replay = replay
+        self._created = int(time.time())
+        self._start = time.monotonic()
+        self._num_completion = 0
+        self._num_reasoning = 0
+        self._num_cached = 0
+        self._explanation: CacheExplanation | None = None
+
+    def deltas(self) -> AsyncGenerator[tuple[int, AnswerDelta], None]:
+        """The pieces of the answers, each with the number of its choice. Closing this early aborts all."""
+        return run_choices(self._choice, self._request.num_choices)
+
+    async def _choice(self, number: int) -> AsyncGenerator[AnswerDelta, None]:
+        """Run one. Closing this early, or a stop string, aborts it."""
+        asked = self._request
+        answer = AnswerStream(
+            TextStream(self._model.tokenizer, asked.stop_strings, asked.sampling.min_tokens),
+            AnswerParser(
+                asked.has_thinking, asked.is_thinking, asked.tools.call_rules() if asked.tools else None
+            ),
+        )
+        request = Request(
+            request_id=f"{self.completion_id}-{number}" if number else self.completion_id,
+            prompt_token_ids=asked.prompt_token_ids,
+            sampling=choice_sampling(asked.sampling, number),
+            priority=asked.priority,
+            deadline=self._time_left(),
+            cache_salt=asked.cache_salt,
+            explain_cache=asked.explain_cache and number == 0,
+        )
+        token_ids, texts = list[int](), list[str]()
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                self._num_completion += 1
+                if number == 0:  # the others find what it has computed
+                    self._num_cached = event.num_cached_tokens
+                    self._explanation = self._explanation or event.cache_explanation
+                delta = answer.feed(event)
+                self._num_reasoning += delta.is_reasoning_token
+                token_ids.append(event.token_id)
+                texts.append(delta.text)
+                if delta.finish_reason is not None:
+                    text = "".join(texts)
+                    self._replay.remember(asked.cache_salt, asked.prompt_token_ids, token_ids, text)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+
+    def _time_left(self) -> float | None:
+        """Seconds of the request's timeout, if it has one: of all choices together."""
+        if self._request.timeout is None:
+            return None
+        return self._request.timeout - (time.monotonic() - self._start)
+
+    def usage(self) -> Usage:
+        """Of all choices together; the prompt counts once."""
+        num_prompt = len(self._request.prompt_token_ids)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self._num_completion,
+            total_tokens=num_prompt + self._num_completion,
+            prompt_tokens_details=PromptTokensDetails(self._num_cached, self._cache_miss()),
+            completion_tokens_details=CompletionTokensDetails(self._num_reasoning),
+            estimated_cost=self._prices.cost(num_prompt, self._num_cached, self._num_completion),
+        )
+
+    def _cache_miss(self) -> CacheMiss | UnsetType:
+        found = self._explanation
+        if found is None:
+            return UNSET
+        if found.first_differing_token is None:
+            return CacheMiss(found.reason)
+        token_id = self._request.prompt_token_ids[found.first_differing_token]
+        text = self._model.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return CacheMiss(found.reason, found.first_differing_token, text)
+
+    async def whole(self) -> ChatCompletion:
+        """The answers in one piece: the same deltas, folded."""
+        answers = [AnswerMessage() for _ in range(self._request.num_choices)]
+        async with aclosing(self.deltas()) as deltas:
+            async for number, delta in deltas:
+                answers[number].add(delta)
+        return ChatCompletion(
+            id=self.completion_id,
+            created=self._created,
+            model=self._model.name,
+            choices=[self._whole_choice(*numbered) for numbered in enumerate(answers)],
+            usage=self.usage(),
+            system_fingerprint=self._model.fingerprint,
+        )
+
+    async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
+        """The answers as they come: role, pieces, finish reason, usage if asked for."""
+        begun = dict[int, MessageDeltas]()
+        async with aclosing(self.deltas()) as deltas:
+            async for number, delta in deltas:
+                if number not in begun:
+                    role = MessageDelta(role="assistant", content="")
+                    yield self._chunk(ChunkChoice(delta=role, index=number))
+                    begun[number] = MessageDeltas()
+                for choice in self._chunk_choices(number, delta, begun[number]):
+                    yield self._chunk(choice)
+        if self._request.include_usage:
+            yield self._chunk(None)
+
+    def _whole_choice(self, number: int, answer: AnswerMessage) -> Choice:
+        return Choice(
+            message=answer.message(),
+            logprobs=self._choice_logprobs(answer.logprobs),
+            finish_reason=answer.finish_reason,
+            index=number,
+        )
+
+    def _chunk_choices(
+        self, number: int, delta: AnswerDelta, messages: MessageDeltas
+    ) -> Iterator[ChunkChoice]:
+        """Log-probabilities go with the first piece."""
+        entries = delta.logprobs
+        for piece in delta.pieces:
+            logprobs = self._choice_logprobs(entries)
+            yield ChunkChoice(delta=messages.of(piece), logprobs=logprobs, index=number)
+            entries = ()
+        if delta.finish_reason is not None:
+            logprobs = self._choice_logprobs(entries) if entries else None
+            reason = delta.finish_reason
+            yield ChunkChoice(delta=MessageDelta(), logprobs=logprobs, finish_reason=reason, index=number)
+
+    def _chunk(self, choice: ChunkChoice | None) -> ChatCompletionChunk:
+        """A chunk of one choice, or the last one, which has the usage instead."""
+        usage = None if choice else self.usage()
+        return ChatCompletionChunk(
+            id=self.completion_id,
+            created=self._created,
+            model=self._model.name,
+            choices=[choice] if choice else [],
+            system_fingerprint=self._model.fingerprint,
+            usage=usage if self._request.include_usage else UNSET,
+        )
+
+    def _choice_logprobs(
+        self, entries: list[LogprobEntry] | tuple[LogprobEntry, ...]
+    ) -> ChoiceLogprobs | None:
+        if self._request.sampling.num_logprobs is None:
+            return None
+        return ChoiceLogprobs(content=list(entries))

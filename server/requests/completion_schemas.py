@@ -1,0 +1,113 @@
+"""JSON of completions, tokenize and detokenize, as types. Field names are the wire's: OpenAI's and vLLM's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from nybble.server.requests.sampling_fields import SamplingFields, TokenId
+from nybble.server.requests.schemas import (
+    MAX_TOP_LOGPROBS,
+    CacheSalt,
+    ChatMessage,
+    Priority,
+    Seconds,
+    StreamOptions,
+    TemplateOptions,
+    Usage,
+)
+
+MAX_PROMPTS = 64
+
+# A text, texts, token ids, or lists of token ids: msgspec knows one list in a union, so that a mixture is
+# found later.
+Prompt = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+
+
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+    model: str
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None
+    priority: Priority | None = None
+    timeout: Seconds | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: CacheSalt | None = None
+    # Not honoured, hence refused when set to anything but what does nothing.
+    best_of: int | None = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    response_format: Any = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: Any = None
+    suffix: str | None = None
+    truncate_prompt_tokens: int | None = None
+    use_beam_search: bool | None = None
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """One entry a token in each list; text_offset: where its text begins, in characters of `text`. Of two
+    tokens with the same text in one of top_logprobs, the likelier is there."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class CompletionChoice(Struct, frozen=True):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextCompletion(Struct, frozen=True):
+    """A whole answer, or a chunk of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+
+
+class TokenizeRequest(Struct, frozen=True, kw_only=True):
+    """A prompt, or the messages of a chat; model may be left out."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    # Not honoured, as above.
+    chat_template: Any = None
+    continue_final_message: bool | None = None
+    tools: Any = None
+
+
+class TokenizeAnswer(Struct, frozen=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class DetokenizeAnswer(Struct, frozen=True):
+    prompt: str

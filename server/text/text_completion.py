@@ -1,0 +1,179 @@
+"""One completion request: run its prompts on the engine, and shape what comes back."""
+
+from __future__ import annotations
+
+import codecs
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from msgspec import UNSET, UnsetType
+
+from nybble.engine.engine_client import EngineClient
+from nybble.engine.messages import Request
+from nybble.server.access.prices import Prices
+from nybble.server.requests.completion_request import CompletionJob, PromptToComplete
+from nybble.server.requests.completion_schemas import CompletionChoice, CompletionLogprobs, TextCompletion
+from nybble.server.requests.sampling_options import choice_sampling
+from nybble.server.requests.schemas import CompletionTokensDetails, LogprobEntry, PromptTokensDetails, Usage
+from nybble.server.served_model import ServedModel
+from nybble.server.text.choices import run_all, run_choices
+from nybble.server.text.text_stream import Delta, TextStream
+
+
+class TextCompletionRun:
+    """Iterate `chunks`, or await `whole`; either runs it. Closing early aborts all that still runs.
+
+    Answers are numbered prompt by prompt: those to the first prompt come first.
+    """
+
+    def __init__(self, job: CompletionJob, engine: EngineClient, model: ServedModel, prices: Prices) -> None:
+        self.completion_id = f"cmpl-{uuid.uuid4().hex}"
+        self._job = job
+        self._engine = engine
+        self._model = model
+        self._prices = prices
+        self._created = int(time.time())
+        self._start = time.monotonic()
+        self._num_completion = 0
+        self._num_cached = [0] * len(job.prompts)
+
+    async def whole(self) -> TextCompletion:
+        """The answers in one piece: the same choices, folded."""
+        answers = [_Answer(number) for number in range(len(self._job.prompts) * self._job.num_choices)]
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                answers[piece.index].add(piece)
+        return self._answer([answer.choice() for answer in answers], self._usage())
+
+    async def chunks(self) -> AsyncGenerator[TextCompletion, None]:
+        """The answers as they come, a choice in each; usage in one of its own if asked for."""
+        pending = None if self._job.include_usage else UNSET
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                if piece.text or piece.finish_reason is not None:
+                    yield self._answer([piece], pending)
+        if self._job.include_usage:
+            yield self._answer([], self._usage())
+
+    async def _pieces(self) -> AsyncGenerator[CompletionChoice, None]:
+        num_choices = self._job.num_choices
+        shapers = [_Shaper(self._job, prompt) for prompt in self._job.prompts for _ in range(num_choices)]
+        streams = [self._prompt(place) for place in range(len(self._job.prompts))]
+        async with aclosing(run_all(streams)) as merged:
+            async for place, (number, delta) in merged:
+                index = place * num_choices + number
+                yield shapers[index].choice(index, delta)
+
+    def _prompt(self, place: int) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The pieces of one prompt's answers, each with the number of its choice."""
+        return run_choices(lambda number: self._choice(place, number), self._job.num_choices)
+
+    async def _choice(self, place: int, number: int) -> AsyncGenerator[Delta, None]:
+        job, prompt = self._job, self._job.prompts[place]
+        text_stream = TextStream(self._model.tokenizer, job.stop_strings, prompt.sampling.min_tokens)
+        request = Request(
+            request_id=f"{self.completion_id}-{place}-{number}",
+            prompt_token_ids=prompt.token_ids,
+            sampling=choice_sampling(prompt.sampling, place * job.num_choices + number),
+            priority=job.priority,
+            deadline=self._time_left(),
+            cache_salt=job.cache_salt,
+        )
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                self._num_completion += 1
+                if number == 0:  # the others find what it has computed
+                    self._num_cached[place] = event.num_cached_tokens
+                delta = text_stream.feed(event)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+
+    def _time_left(self) -> float | None:
+        """Seconds of the request's timeout, if it has one: of all answers together."""
+        if self._job.timeout is None:
+            return None
+        return self._job.timeout - (time.monotonic() - self._start)
+
+    def _usage(self) -> Usage:
+        """Of all answers together; a prompt counts once."""
+        num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        num_cached = sum(self._num_cached)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self._num_completion,
+            total_tokens=num_prompt + self._num_completion,
+            prompt_tokens_details=PromptTokensDetails(num_cached),
+            completion_tokens_details=CompletionTokensDetails(0),
+            estimated_cost=self._prices.cost(num_prompt, num_cached, self._num_completion),
+        )
+
+    def _answer(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> TextCompletion:
+        model = self._model
+        return TextCompletion(
+            self.completion_id, self._created, model.name, choices, model.fingerprint, usage
+        )
+
+
+class _Shaper:
+    """From the deltas of one answer to choices in OpenAI's shape."""
+
+    def __init__(self, job: CompletionJob, prompt: PromptToComplete) -> None:
+        self._echo = prompt.echo
+        self._has_logprobs = prompt.sampling.num_logprobs is not None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def choice(self, index: int, delta: Delta) -> CompletionChoice:
+        text, self._echo = self._echo + delta.text, ""
+        logprobs = self._logprobs(delta.logprobs) if self._has_logprobs else None
+        return CompletionChoice(text, index, logprobs, delta.finish_reason)
+
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            text_offset=[self._offset(entry) for entry in entries],
+            token_logprobs=[entry.logprob for entry in entries],
+            tokens=[entry.token for entry in entries],
+            # Reversed: of two with the same text the likelier, which comes first, stays.
+            top_logprobs=[
+                {top.token: top.logprob for top in reversed(entry.top_logprobs)} for entry in entries
+            ],
+        )
+
+    def _offset(self, entry: LogprobEntry) -> int:
+        start = self._num_characters
+        self._num_characters += len(self._decoder.decode(bytes(entry.bytes)))
+        return start
+
+
+class _Answer:
+    """One answer as it grows."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._pieces: list[CompletionChoice] = []
+
+    def add(self, piece: CompletionChoice) -> None:
+        self._pieces.append(piece)
+
+    def choice(self) -> CompletionChoice:
+        pieces = self._pieces
+        return CompletionChoice(
+            text="".join(piece.text for piece in pieces),
+            index=self._index,
+            logprobs=_joined([piece.logprobs for piece in pieces if piece.logprobs is not None]),
+            finish_reason=pieces[-1].finish_reason,
+        )
+
+
+def _joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs | None:
+    if not parts:
+        return None
+    return CompletionLogprobs(
+        text_offset=[item for part in parts for item in part.text_offset],
+        token_logprobs=[item for part in parts for item in part.token_logprobs],
+        tokens=[item for part in parts for item in part.tokens],
+        top_logprobs=[item for part in parts for item in part.top_logprobs],
+    )

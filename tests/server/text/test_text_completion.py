@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scripted_engine import Pause, ScriptedEngine, scripted_logprobs
+
+from nybble.engine.errors import EngineDeadError
+from nybble.server.access.prices import Prices
+from nybble.server.app import create_app
+from nybble.server.served_model import ServedModel
+from nybble.server.server_config import ServerConfig
+
+CONFIG = ServerConfig(prices=Prices(input_price=1.0, output_price=10.0, cached_price=0.25))
+
+
+def _post(engine: ScriptedEngine, model: ServedModel, /, **fields: Any) -> httpx.Response:
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(engine, model, CONFIG), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/completions", json={"model": "tiny", "prompt": "hi"} | fields)
+
+    return asyncio.run(asyncio.wait_for(post(), timeout=30))
+
+
+def _answer(engine: ScriptedEngine, model: ServedModel, /, **fields: Any) -> dict[str, Any]:
+    response = _post(engine, model, **fields)
+    assert response.status_code == 200
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def _chunks(engine: ScriptedEngine, model: ServedModel, /, **fields: Any) -> list[dict[str, Any]]:
+    *events, done, rest = _post(engine, model, stream=True, **fields).content.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    return [json.loads(event.removeprefix(b"data: ")) for event in events]
+
+
+def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
+    answer = _answer(ScriptedEngine([*b"ok", end_id], num_cached_tokens=1), model)
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > model.created
+    usage = answer.pop("usage")
+    assert answer == {
+        "object": "text_completion",
+        "model": "tiny",
+        "system_fingerprint": "fp_tiny",
+        "choices": [{"text": "ok", "index": 0, "logprobs": None, "finish_reason": "stop"}],
+    }
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (2, 3, 5)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert usage["estimated_cost"] == pytest.approx((1 * 1.0 + 1 * 0.25 + 3 * 10.0) / 1e6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"echo": True}, {"stop": "o w"}, {"n": 3, "prompt": ["a", "b"]}, {"logprobs": 2}]
+)
+@pytest.mark.parametrize("text", ["hello world", "", "naïve 😀 €"])
+def test_streamed_or_not_the_choices_are_the_same(
+    model: ServedModel, end_id: int, text: str, fields: dict[str, Any]
+) -> None:
+    script = [*model.tokenizer.encode(text), end_id]
+    whole = _answer(ScriptedEngine(script), model, **fields)["choices"]
+    chunks = _chunks(ScriptedEngine(script), model, **fields)
+    assert all(len(chunk["choices"]) == 1 and "usage" not in chunk for chunk in chunks)
+    for index, choice in enumerate(whole):
+        own = [one for chunk in chunks for one in chunk["choices"] if one["index"] == index]
+        assert choice["index"] == index
+        assert "".join(one["text"] for one in own) == choice["text"]
+        assert [one["finish_reason"] for one in own if one["finish_reason"]] == [choice["finish_reason"]]
+        if choice["logprobs"]:
+            for key, values in choice["logprobs"].items():
+                assert [v for one in own if one["logprobs"] for v in one["logprobs"][key]] == values
+    assert len(whole) == len(fields.get("prompt", "x")) * fields.get("n", 1)
+
+
+def test_answers_are_numbered_prompt_by_prompt(model: ServedModel) -> None:
+    engine = ScriptedEngine([65], num_cached_tokens=1)
+    answer = _answer(engine, model, prompt=["ab", "c"], n=2, echo=True, seed=1)
+    wanted = [(0, "abA"), (1, "abA"), (2, "cA"), (3, "cA")]
+    assert [(c["index"], c["text"]) for c in answer["choices"]] == wanted
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 4)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert len({request.request_id for request in engine.requests}) == 4
+    assert len({request.sampling.seed for request in engine.requests}) == 4
+
+
+def test_an_echo_comes_first_in_a_stream(model: ServedModel) -> None:
+    first, *_ = _chunks(ScriptedEngine([65, 66]), model, echo=True)
+    assert first["choices"][0]["text"] == "hiA"
+
+
+def test_streamed_usage(model: ServedModel) -> None:
+    *chunks, last = _chunks(ScriptedEngine([65, 66]), model, stream_options={"include_usage": True})
+    assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
+    assert last["choices"] == []
+    assert last["usage"] == _answer(ScriptedEngine([65, 66]), model)["usage"]
+
+
+def test_logprobs_in_the_old_shape(model: ServedModel, end_id: int) -> None:
+    logprobs = _answer(ScriptedEngine([*"€ab".encode(), end_id]), model, logprobs=2)["choices"][0]["logprobs"]
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 2]
+    assert logprobs["tokens"] == ["\ufffd", "\ufffd", "\ufffd", "a", "b"]
+    ids = [*"€ab".encode()]
+    assert logprobs["token_logprobs"] == [scripted_logprobs(token_id, 0).logprob for token_id in ids]
+    assert logprobs["top_logprobs"][3:] == [
+        {"a": -97 / 64, "b": -97 / 64 - 1},
+        {"b": -98 / 64, "c": -98 / 64 - 1},
+    ]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_engine_that_dies_is_answered(model: ServedModel, is_stream: bool) -> None:
+    died = EngineDeadError("the engine stopped")
+    response = _post(ScriptedEngine([died]), model, prompt=["a", "b"], n=2, stream=is_stream)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_dead"
+
+
+def test_one_answer_that_fails_ends_all(model: ServedModel) -> None:
+    engine = ScriptedEngine([65, 66, EngineDeadError("the engine stopped")])
+    *_, last = _chunks(engine, model, prompt=["a", "b"])
+    assert last["error"]["code"] == "engine_dead"
+
+
+def test_the_timeout_reaches_the_engine(model: ServedModel) -> None:
+    engine = ScriptedEngine([65])
+    _answer(engine, model, timeout=5, priority=2, cache_salt="s")
+    (request,) = engine.requests
+    assert request.deadline is not None and 0 < request.deadline <= 5
+    assert (request.priority, request.cache_salt) == (2, "s")
+
+
+def test_prompts_run_together(model: ServedModel) -> None:
+    """The second starts while the first waits."""
+
+    async def scenario() -> None:
+        pause = Pause()
+        engine = ScriptedEngine([pause, 65])
+        transport = httpx.ASGITransport(create_app(engine, model, CONFIG))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": "tiny", "prompt": ["a", "b", "c"]}
+            task = asyncio.create_task(client.post("/v1/completions", json=body))
+            while len(engine.requests) < 3:
+                await asyncio.sleep(0.001)
+            pause.resumed.set()
+            assert [choice["text"] for choice in (await task).json()["choices"]] == ["A", "A", "A"]
+
+    asyncio.run(asyncio.wait_for(scenario(), timeout=30))
+
+
+def test_openais_client(model: ServedModel) -> None:
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(create_app(ScriptedEngine([*b"abc"]), model, CONFIG))
+        async with (
+            httpx.AsyncClient(transport=transport) as http,
+            openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http) as client,
+        ):
+            completion = await client.completions.create(model="tiny", prompt=[[104]], logprobs=1, echo=False)
+            assert completion.choices[0].text == "abc"
+            assert completion.usage is not None and completion.usage.completion_tokens == 3
+            stream = await client.completions.create(model="tiny", prompt="hi", stream=True)
+            assert [chunk.choices[0].text async for chunk in stream] == ["a", "b", "c"]
+            assert [one.id async for one in await client.models.list()] == ["tiny"]
+            assert (await client.models.retrieve("tiny")).id == "tiny"
+
+    asyncio.run(asyncio.wait_for(scenario(), timeout=30))
