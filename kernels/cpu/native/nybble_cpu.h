@@ -1,0 +1,90 @@
+/* The native CPU backend: what its source files share, and what Python calls.
+
+   Plain C11. Nothing here knows of Python or torch: memory comes as pointers, whose sizes the Python side has
+   checked. Matrices are row-major.
+
+   A level is an instruction set. What is worth writing for each one is a function in `struct nybble_kernels`;
+   NAME_LEVEL.c is compiled with that level's flags and every other file for any machine (the list of flags is in
+   packaging/native_build.py). Functions that differ only by how they are compiled stand in a .inc file that the
+   three include.
+
+   Python calls operations: int nybble_NAME(nybble_pool *, const struct nybble_NAME *), which return a status. */
+
+#ifndef NYBBLE_CPU_H
+#define NYBBLE_CPU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define NYBBLE_API __attribute__((visibility("default")))
+
+/* From slowest to fastest; the order of LEVELS in native_library.py. */
+enum nybble_level { NYBBLE_PORTABLE, NYBBLE_AVX2, NYBBLE_AVX512VNNI, NYBBLE_NUM_LEVELS };
+
+enum nybble_status { NYBBLE_OK, NYBBLE_NO_MEMORY, NYBBLE_OTHER_PROCESS };
+
+/* What a level does in its own way. One constant table for each level, in level_LEVEL.c. */
+struct nybble_kernels {
+    /* sum = hidden + update (hidden alone if update is NULL), normed = sum / rms(sum) * weight, all [columns].
+       sum may be hidden, or NULL if it is not wanted. */
+    void (*add_rms_norm)(const float *hidden, const float *update, const float *weight, float eps,
+                         int64_t columns, float *sum, float *normed);
+};
+
+/* Of all source files, as packaging/native_build.py computes it. */
+NYBBLE_API const char *nybble_sources_digest(void);
+
+/* Can this machine run the level, and was it compiled? */
+NYBBLE_API bool nybble_has_level(int level);
+
+/* The table of a level that this machine has. */
+const struct nybble_kernels *nybble_level_kernels(enum nybble_level level);
+
+/* Threads that work together: num_threads - 1 of its own, and the one that calls. */
+typedef struct nybble_pool nybble_pool;
+
+/* NULL if memory or threads cannot be had, or the machine lacks the level. num_threads >= 1. Thread i is bound to
+   cores[i], but for the caller's, thread 0: it keeps off the others' cores when an operation begins. If cores is
+   NULL, no thread is bound. */
+NYBBLE_API nybble_pool *nybble_pool_create(int num_threads, int level, const int *cores);
+NYBBLE_API void nybble_pool_destroy(nybble_pool *pool);
+
+/* An operation begins and ends with these, so that it has the pool for itself. Between them it has scratch_bytes
+   of memory, at a multiple of 64, which holds anything at first. If the status is not NYBBLE_OK, the operation
+   returns it and does not call nybble_end. */
+int nybble_begin(nybble_pool *pool, size_t scratch_bytes, void **scratch);
+void nybble_end(nybble_pool *pool);
+
+/* One part of a parallel region. thread: 0 to num_threads - 1, for memory of its own. Must not call
+   nybble_parallel. */
+typedef void nybble_task(const void *argument, int part, int thread);
+
+/* Run parts 0 .. num_parts - 1, each once, and return when all are done; what they wrote is then seen by all.
+   Within nybble_begin and nybble_end. */
+void nybble_parallel(nybble_pool *pool, nybble_task *task, const void *argument, int num_parts);
+
+int nybble_num_threads(const nybble_pool *pool);
+const struct nybble_kernels *nybble_pool_kernels(const nybble_pool *pool);
+
+/* The first of the items 0 .. num_items - 1 that belong to a part, of num_parts parts as equal as can be.
+   Part p has those from nybble_part_start(n, p, parts) to nybble_part_start(n, p + 1, parts). */
+static inline int64_t nybble_part_start(int64_t num_items, int64_t part, int64_t num_parts)
+{
+    return num_items / num_parts * part + (part < num_items % num_parts ? part : num_items % num_parts);
+}
+
+/* rms_norm.c: the add_rms_norm of each row. hidden, update, sum, normed: [tokens, columns]; weight: [columns]. */
+struct nybble_add_rms_norm {
+    const float *hidden;
+    const float *update;
+    const float *weight;
+    float *sum;
+    float *normed;
+    int64_t tokens;
+    int64_t columns;
+    float eps;
+};
+NYBBLE_API int nybble_add_rms_norm(nybble_pool *pool, const struct nybble_add_rms_norm *arguments);
+
+#endif
