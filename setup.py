@@ -20,6 +20,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # of an earlier build
         try:
             native_build.build(library, Path(self.build_temp) / "native")
         except native_build.NativeBuildError as error:

@@ -1,10 +1,12 @@
-"""The wheel holds the three packages under one namespace, and nothing else."""
+"""The wheel holds the three packages under one namespace and the native library, and nothing else."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -16,12 +18,20 @@ LAYERS = ("engine", "kernels", "server")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no build directory appears in the source tree."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*LAYERS, "pyproject.toml", "README.md", "LICENSE"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that no build directory appears in the source tree, without what was built there."""
+    copied = tmp_path_factory.mktemp("source")
+    for name in (*LAYERS, "packaging", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("_native.so"))
+        else:
+            shutil.copy(ROOT / name, copied / name)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     subprocess.run([*command, str(target), str(source)], check=True)
     (path,) = target.glob("*.whl")
@@ -31,8 +41,52 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_once(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = [path.relative_to(ROOT) for layer in LAYERS for path in (ROOT / layer).glob("**/*.py")]
-    assert packed == {f"nybble/{path}" for path in modules}
+    assert packed == {*modules(), "nybble/kernels/cpu/_native.so"}
+    assert wheel.name.startswith("nybble-0.1.0-py3-none-") and not wheel.name.endswith("-any.whl")
+
+
+def modules() -> set[str]:
+    paths = [path for layer in LAYERS for path in (ROOT / layer).glob("**/*.py")]
+    return {f"nybble/{path.relative_to(ROOT)}" for path in paths}
+
+
+def run_hook(source: Path, name: str, target: Path, **environment: str) -> Path:
+    """What pip would call, without the environment that it makes for it."""
+    code = f"import build_backend; print('made', build_backend.{name}({str(target)!r}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": str(source / "packaging"), **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return target / result.stdout.splitlines()[-1].removeprefix("made ")
+
+
+def test_source_distribution_holds_what_the_library_is_built_from(source: Path, tmp_path: Path) -> None:
+    with tarfile.open(run_hook(source, "build_sdist", tmp_path)) as archive:
+        packed = {name.split("/", 1)[-1] for name in archive.getnames()}
+    native = (ROOT / "kernels" / "cpu" / "native").iterdir()
+    assert {f"kernels/cpu/native/{path.name}" for path in native} <= packed
+    assert {"setup.py", "packaging/native_build.py", "packaging/build_backend.py"} <= packed
+
+
+def test_without_a_working_compiler_the_rest_is_installed(source: Path, tmp_path: Path) -> None:
+    wheel = run_hook(source, "build_wheel", tmp_path, CC="false")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path)
+    assert packed == modules()
+    code = "import nybble.kernels.cpu.native_library as n; n.native_library()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert "NativeLibraryError: the native CPU backend was not built" in result.stderr
 
 
 def test_namespace_does_not_shadow_other_packages(wheel: Path, tmp_path: Path) -> None:
