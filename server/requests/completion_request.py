@@ -14,6 +14,7 @@ import msgspec
 from nybble.engine.messages import SamplingParams
 from nybble.server.errors import BadRequestError
 from nybble.server.requests.completion_schemas import MAX_PROMPTS, CompletionRequest, Prompt
+from nybble.server.requests.grammar_request import asked_grammar, open_thought_end
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
 from nybble.server.served_model import ServedModel
@@ -24,15 +25,9 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -131,6 +126,7 @@ def _prepare(request: CompletionRequest, prompt: str | list[int], model: ServedM
         num_logprobs=request.logprobs,
         prompt_field="prompt",
         length_field="max_tokens",
+        grammar=asked_grammar(request, open_thought_end(tokenizer, token_ids)),
     )
     text = prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)
     return PromptToComplete(token_ids, sampling, text if request.echo else "")

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from nybble.server.requests.sampling_fields import SamplingFields, TokenId
+from nybble.server.requests.grammar_fields import FormFields
+from nybble.server.requests.sampling_fields import TokenId
 from nybble.server.requests.schemas import (
     MAX_TOP_LOGPROBS,
     CacheSalt,
@@ -25,7 +26,7 @@ MAX_PROMPTS = 64
 Prompt = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
 
 
-class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
+class CompletionRequest(FormFields, frozen=True, kw_only=True):
     model: str
     prompt: Prompt
     echo: bool | None = None
@@ -38,15 +39,9 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     cache_salt: CacheSalt | None = None
     # Not honoured, hence refused when set to anything but what does nothing.
     best_of: int | None = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
-    response_format: Any = None
     skip_special_tokens: bool | None = None
-    structured_outputs: Any = None
     suffix: str | None = None
     truncate_prompt_tokens: int | None = None
     use_beam_search: bool | None = None

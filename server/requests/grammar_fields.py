@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from nybble.server.requests.sampling_fields import SamplingFields
+
 MAX_ANSWERS = 4096
 
 GrammarText = Annotated[str, Meta(min_length=1)]
@@ -34,3 +36,14 @@ class StructuredOutputs(Struct, frozen=True):
     choice: Answers | None = None
     grammar: GrammarText | None = None
     json_object: bool | None = None
+
+
+class FormFields(SamplingFields, frozen=True, kw_only=True):
+    """Of chat completions and completions."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Answers | None = None
+    guided_grammar: GrammarText | None = None

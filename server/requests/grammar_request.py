@@ -9,13 +9,12 @@ from typing import Any
 from nybble.engine.grammar.grammar import Grammar
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.errors import BadRequestError
-from nybble.server.requests.grammar_fields import ResponseFormat
-from nybble.server.requests.schemas import ChatCompletionRequest
+from nybble.server.requests.grammar_fields import FormFields, ResponseFormat
 
 _ANY_OBJECT = {"type": "object"}
 
 
-def asked_grammar(request: ChatCompletionRequest, after_token_id: int | None) -> Grammar | None:
+def asked_grammar(request: FormFields, after_token_id: int | None) -> Grammar | None:
     """The one grammar that is asked for, if any; after_token_id: as in `Grammar`.
 
     Raises:
@@ -47,7 +46,16 @@ def thought_end(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> int | 
     return None
 
 
-def _asked(request: ChatCompletionRequest, after: int | None) -> Iterator[Grammar]:
+def open_thought_end(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> int | None:
+    """The same for a prompt that the client wrote whole: there is a thought if it ends in one."""
+    begin, end = map(tokenizer.added_token_id, ("<think>", "</think>"))
+    for token_id in reversed(prompt_token_ids):
+        if token_id in (begin, end, tokenizer.added_token_id("<|assistant|>")):
+            return end if token_id == begin else None
+    return None
+
+
+def _asked(request: FormFields, after: int | None) -> Iterator[Grammar]:
     if request.response_format is not None and request.response_format.type != "text":
         yield _of_format(request.response_format, after)
     asked = request.structured_outputs

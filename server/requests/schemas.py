@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from nybble.server.requests.grammar_fields import Answers, GrammarText, ResponseFormat, StructuredOutputs
-from nybble.server.requests.sampling_fields import PositiveInt, SamplingFields
+from nybble.server.requests.grammar_fields import FormFields
+from nybble.server.requests.sampling_fields import PositiveInt
 
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 512
@@ -93,7 +93,7 @@ class ReasoningOptions(Struct, frozen=True):
     effort: ReasoningEffort | None = None
 
 
-class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
+class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
     model: str
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: PositiveInt | None = None
@@ -110,12 +110,6 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     reasoning_effort: ReasoningEffort | None = None
     thinking: ThinkingOptions | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: GrammarText | None = None
-    guided_choice: Answers | None = None
-    guided_grammar: GrammarText | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None  # each a Tool
     parallel_tool_calls: bool | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.

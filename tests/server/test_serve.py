@@ -164,6 +164,18 @@ def test_answers_of_vllms_forms(client: openai.OpenAI, field: str, asked: object
     assert completion.choices[0].finish_reason == "stop"
 
 
+def test_completions_of_a_form(client: openai.OpenAI) -> None:
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}}
+    completion = client.completions.create(
+        model=MODEL, prompt=["A city as JSON: ", "Another one: "], max_tokens=200, extra_body=asked
+    )
+    for choice in completion.choices:
+        jsonschema.validate(json.loads(choice.text), CITY)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="x", extra_body={"guided_regex": "("})
+    assert caught.value.param == "guided_regex"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

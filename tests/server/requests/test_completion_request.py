@@ -75,8 +75,6 @@ def test_a_bad_field_is_named(model: ServedModel, fields: dict[str, Any], param:
         {"prompt_logprobs": 1},
         {"use_beam_search": True},
         {"skip_special_tokens": False},
-        {"response_format": {"type": "json_object"}},
-        {"structured_outputs": {"regex": "a"}},
         {"truncate_prompt_tokens": 5},
     ],
 )
@@ -85,6 +83,30 @@ def test_what_is_not_there_is_refused_by_name(model: ServedModel, fields: dict[s
     with pytest.raises(BadRequestError, match=f"^{name}: not supported") as caught:
         _prepare(model, **fields)
     assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "text"}}, None, None),
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+        ({"structured_outputs": {"regex": "a"}}, "regex", "a"),
+        ({"guided_choice": ["a", "b"]}, "lark", 'start: "a" | "b"'),
+        ({"guided_json": {}}, "json_schema", "{}"),
+    ],
+)
+def test_the_form_of_an_answer(
+    model: ServedModel, fields: dict[str, Any], kind: str | None, text: str | None
+) -> None:
+    for prompt in _prepare(model, prompt=["x", "y"], **fields).prompts:
+        grammar = prompt.sampling.grammar
+        assert (grammar and grammar.kind, grammar and grammar.text) == (kind, text)
+        assert grammar is None or grammar.after_token_id is None
+
+
+def test_two_forms_are_refused(model: ServedModel) -> None:
+    with pytest.raises(BadRequestError, match="not together with guided_json"):
+        _prepare(model, guided_json={}, guided_choice=["a"])
 
 
 def test_harmless_and_unknown_fields_change_nothing(model: ServedModel) -> None:

@@ -11,7 +11,7 @@ from nybble.engine.grammar.grammar import Grammar
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.chat.chat_request import parse_chat_request
 from nybble.server.errors import BadRequestError
-from nybble.server.requests.grammar_request import asked_grammar, thought_end
+from nybble.server.requests.grammar_request import asked_grammar, open_thought_end, thought_end
 
 SCHEMA = {"type": "array"}
 
@@ -84,16 +84,21 @@ def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "begins_with_thought"),
+    ("prompt", "may_begin_with_thought", "is_open"),
     [
-        ("<|user|>hello<|assistant|><think>", True),
-        ("<|user|>hello<|assistant|></think>", False),
-        ("<|user|>hello<|assistant|><think></think>", False),
-        ("<|user|>hello<|assistant|>", True),
-        ("<|assistant|><think>a</think>b<|user|>hello<|assistant|>", True),
-        ("hello", False),
+        ("<|user|>hello<|assistant|><think>", True, True),
+        ("<|user|>hello<|assistant|></think>", False, False),
+        ("<|user|>hello<|assistant|><think></think>", False, False),
+        ("<|user|>hello<|assistant|>", True, False),
+        ("<|assistant|><think>a</think>b<|user|>hello<|assistant|>", True, False),
+        ("hello", False, False),
+        ("hello<think>so", True, True),
     ],
 )
-def test_where_a_thought_comes_first(tokenizer: Tokenizer, prompt: str, begins_with_thought: bool) -> None:
+def test_where_a_thought_comes_first(
+    tokenizer: Tokenizer, prompt: str, may_begin_with_thought: bool, is_open: bool
+) -> None:
     (end,) = tokenizer.encode("</think>")
-    assert thought_end(tokenizer, tokenizer.encode(prompt)) == (end if begins_with_thought else None)
+    token_ids = tokenizer.encode(prompt)
+    assert open_thought_end(tokenizer, token_ids) == (end if is_open else None)
+    assert thought_end(tokenizer, token_ids) == (end if may_begin_with_thought else None)
