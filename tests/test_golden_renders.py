@@ -12,18 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import glm_template
 import pytest
+from glm_model import glm_model
 from golden_chats import CHATS, WEATHER, GoldenChat, user
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tiny_tokenizer import write_tokenizer
 
-from nybble.engine.tokenizer import Tokenizer
 from nybble.server.chat_request import parse_chat_request, prepare_chat_request
-from nybble.server.served_model import SamplingDefaults, ServedModel
+from nybble.server.served_model import ServedModel
 
 TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
-SPECIAL_TOKENS = (*glm_template.SPECIAL_TOKENS, "/nothink", "<|end|>")
 NAMES = ("GLM-4.7-Flash", "GLM-4.6")
 
 
@@ -34,17 +31,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    directory = tmp_path_factory.mktemp("glm")
-    write_tokenizer(directory, _template(name), SPECIAL_TOKENS, glm_template.TEXT_TOKENS)
-    return ServedModel(
-        name=name,
-        tokenizer=Tokenizer(directory),
-        max_model_len=1 << 16,
-        stop_token_ids=(),
-        sampling_defaults=SamplingDefaults(),
-        created=1,
-        fingerprint="fp_golden",
-    )
+    return glm_model(tmp_path_factory.mktemp("glm"), _template(name))
 
 
 def _template(name: str) -> str:

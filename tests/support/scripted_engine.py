@@ -63,6 +63,10 @@ class ScriptedEngine:
         self.aborts: list[str] = []
         self.aborted = asyncio.Event()
 
+    def play(self, script: Sequence[Step], finish_reason: FinishReason = "stop") -> None:
+        """From the next request on."""
+        self._script, self._finish_reason = script, finish_reason
+
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
