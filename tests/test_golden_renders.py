@@ -17,7 +17,7 @@ from glm_model import glm_model
 from golden_chats import CHATS, WEATHER, GoldenChat, user
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nybble.server.chat_request import parse_chat_request, prepare_chat_request
+from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.served_model import ServedModel
 
 TEMPLATES = Path(__file__).parent / "data" / "chat_templates"

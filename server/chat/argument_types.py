@@ -36,6 +36,13 @@ class ArgumentType:
         is_json = _kind_of_json(stripped) is not None
         return stripped if is_json and not may_be_string else _quoted(text)
 
+    def to_cut_json(self, text: str) -> str:
+        """The beginning of a value as the beginning of JSON."""
+        may_be_string = self.kinds is None or "string" in self.kinds
+        start = {"{": "object", "[": "array"}.get(text.strip()[:1])
+        is_json = start is not None and (self.kinds is None or start in self.kinds)
+        return text.lstrip() if is_json or not may_be_string else _quoted(text)[:-1]
+
     def _fitting(self, text: str) -> str | None:
         """A text that is JSON of an allowed kind other than string, or means one."""
         kind = _kind_of_json(text)

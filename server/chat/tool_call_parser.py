@@ -94,6 +94,8 @@ class ToolCallParser:
             elif self._state != "between":
                 yield from self._abandon_key()
             yield from self._take_between(END_CALL)
+        elif self._state == "value" and not self._type.is_text:
+            yield CallArguments(self._before_value() + self._type.to_cut_json(self._held))
 
     def _reject(self) -> None:
         self.rejected = CALL + self._held

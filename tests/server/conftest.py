@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import glm_template
 import pytest
+from glm_model import glm_model
 from hypothesis import settings
-from tiny_tokenizer import tiny_tokenizer, write_tokenizer
+from tiny_tokenizer import tiny_tokenizer
 
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.served_model import SamplingDefaults, ServedModel
@@ -42,9 +42,5 @@ def model(tokenizer: Tokenizer, end_id: int) -> ServedModel:
 @pytest.fixture(scope="session")
 def glm(model: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     """A model with the tags and the chat template of GLM-4.7."""
-    directory = tmp_path_factory.mktemp("glm")
-    special = (*glm_template.SPECIAL_TOKENS, "<|end|>")
-    write_tokenizer(directory, glm_template.TEMPLATE, special, glm_template.TEXT_TOKENS)
-    tokenizer = Tokenizer(directory)
-    stop_token_ids = tokenizer.encode("<|end|><|user|><|observation|>")
-    return replace(model, tokenizer=tokenizer, max_model_len=4096, stop_token_ids=stop_token_ids)
+    glm = glm_model(tmp_path_factory.mktemp("glm"))
+    return replace(model, tokenizer=glm.tokenizer, max_model_len=4096, stop_token_ids=glm.stop_token_ids)

@@ -85,3 +85,20 @@ def test_what_a_template_writes_is_read_back(value: Any) -> None:
 @given(pieces=st.lists(st.text()))
 def test_a_string_in_pieces(pieces: list[str]) -> None:
     assert json.loads(f'"{"".join(map(string_piece, pieces))}"') == "".join(pieces)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "wanted"),
+    [
+        ({"type": "integer"}, " 12", "12"),
+        ({"type": "array"}, '["a", 1', '["a", 1'),
+        ({"type": ["array", "string"]}, '["a', '["a'),
+        ({"type": ["object", "string"]}, '["a', '"[\\"a'),
+        ({"type": ["null", "string"]}, "nul", '"nul'),
+        ({}, '{"a": ', '{"a": '),
+        ({}, "two w", '"two w'),
+    ],
+)
+def test_what_is_cut_begins_as_the_whole_would(schema: dict[str, Any], text: str, wanted: str) -> None:
+    types = ArgumentTypes({"properties": {"x": schema}})
+    assert types.of("x").to_cut_json(text) == wanted

@@ -140,7 +140,9 @@ def test_strings_come_back_as_they_were(arguments: dict[str, str]) -> None:
 
 def test_what_is_cut_stays_so() -> None:
     assert _read("</think>", _call("f", city="Paris")[:-26], is_cut=True)[2] == [("f", '{"city": "Par')]
-    assert _read("</think><tool_call>f<arg_key>n</arg_key><arg_value>1", is_cut=True)[2] == [("f", "")]
+    assert _read("</think><tool_call>f<arg_key>n</arg_key><arg_value>1", is_cut=True)[2] == [("f", '{"n": 1')]
+    for cut in ("<tool_call>f<arg_key>n</arg_key>", "<tool_call>f<arg_key>n"):
+        assert _read("</think>", cut, is_cut=True)[2] == [("f", "")]
 
 
 def test_strings_come_piece_by_piece() -> None:
