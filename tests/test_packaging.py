@@ -21,7 +21,7 @@ LAYERS = ("engine", "kernels", "server")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy, so that no build directory appears in the source tree, without what was built there."""
     copied = tmp_path_factory.mktemp("source")
-    for name in (*LAYERS, "packaging", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (*LAYERS, "scripts", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("_native.so"))
         else:
@@ -56,7 +56,7 @@ def run_hook(source: Path, name: str, target: Path, **environment: str) -> Path:
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=source,
-        env={**os.environ, "PYTHONPATH": str(source / "packaging"), **environment},
+        env={**os.environ, "PYTHONPATH": str(source / "scripts"), **environment},
         check=True,
         capture_output=True,
         text=True,
@@ -69,7 +69,7 @@ def test_source_distribution_holds_what_the_library_is_built_from(source: Path, 
         packed = {name.split("/", 1)[-1] for name in archive.getnames()}
     native = (ROOT / "kernels" / "cpu" / "native").iterdir()
     assert {f"kernels/cpu/native/{path.name}" for path in native} <= packed
-    assert {"setup.py", "packaging/native_build.py", "packaging/build_backend.py"} <= packed
+    assert {"setup.py", "scripts/native_build.py", "scripts/build_backend.py"} <= packed
 
 
 def test_without_a_working_compiler_the_rest_is_installed(source: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def load_library(path: Path, sources: Path) -> NativeLibrary:
         NativeLibraryError
     """
     remedy = (
-        "python packaging/native_build.py" if sources.is_dir() else "install a C compiler and nybble again"
+        "python scripts/native_build.py" if sources.is_dir() else "install a C compiler and nybble again"
     )
     if not path.exists():
         raise NativeLibraryError(f"the native CPU backend was not built (no {path.name}): {remedy}")
@@ -105,7 +105,7 @@ def native_library() -> NativeLibrary:
 
 
 def digest_of(sources: Path) -> str:
-    """As packaging/native_build.py computes it."""
+    """As scripts/native_build.py computes it."""
     digest = hashlib.sha256()
     for path in sorted(path for path in sources.iterdir() if path.suffix in (".c", ".h", ".inc")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -5,7 +5,7 @@
 
    A level is an instruction set. What is worth writing for each one is a function in `struct nybble_kernels`;
    NAME_LEVEL.c is compiled with that level's flags and every other file for any machine (the list of flags is in
-   packaging/native_build.py). Functions that differ only by how they are compiled stand in a .inc file that the
+   scripts/native_build.py). Functions that differ only by how they are compiled stand in a .inc file that the
    three include.
 
    Python calls operations: int nybble_NAME(nybble_pool *, const struct nybble_NAME *), which return a status. */
@@ -32,7 +32,7 @@ struct nybble_kernels {
                          int64_t columns, float *sum, float *normed);
 };
 
-/* Of all source files, as packaging/native_build.py computes it. */
+/* Of all source files, as scripts/native_build.py computes it. */
 NYBBLE_API const char *nybble_sources_digest(void);
 
 /* Can this machine run the level, and was it compiled? */

@@ -46,7 +46,7 @@ def test_builder_and_loader_agree_on_the_sources() -> None:
 def test_no_library(tmp_path: Path) -> None:
     with pytest.raises(NativeLibraryError, match=r"not built .*: install a C compiler"):
         load_library(tmp_path / "_native.so", tmp_path / "native")
-    with pytest.raises(NativeLibraryError, match=r"not built .*: python packaging/native_build\.py"):
+    with pytest.raises(NativeLibraryError, match=r"not built .*: python scripts/native_build\.py"):
         load_library(tmp_path / "_native.so", SOURCES)
 
 
@@ -62,7 +62,7 @@ def test_library_older_than_its_sources(tmp_path: Path, change: str) -> None:
     else:
         (sources / "rms_norm.c").rename(sources / "norm.c")
     with pytest.raises(
-        NativeLibraryError, match=r"older than its C sources: python packaging/native_build\.py"
+        NativeLibraryError, match=r"older than its C sources: python scripts/native_build\.py"
     ):
         load_library(LIBRARY, sources)
 

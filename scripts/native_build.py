@@ -2,7 +2,7 @@
 
 Run as a program, it builds into the source tree, for an editable install whose C sources have changed:
 
-    .venv/bin/python packaging/native_build.py
+    .venv/bin/python scripts/native_build.py
 """
 
 from __future__ import annotations
