@@ -83,9 +83,7 @@ def load_library(path: Path, sources: Path) -> NativeLibrary:
     Raises:
         NativeLibraryError
     """
-    remedy = (
-        "python scripts/native_build.py" if sources.is_dir() else "install a C compiler and nybble again"
-    )
+    remedy = "python scripts/native_build.py" if sources.is_dir() else "install a C compiler and nybble again"
     if not path.exists():
         raise NativeLibraryError(f"the native CPU backend was not built (no {path.name}): {remedy}")
     library = NativeLibrary(path)

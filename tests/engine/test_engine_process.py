@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from engine_harness import Harness, distinct_prompt
 
+from nybble.engine import engine_process
 from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine_process import serve
 from nybble.engine.errors import EngineBrokenError
@@ -154,3 +155,19 @@ def test_an_abort_takes_effect_before_the_next_step() -> None:
     assert not harness.engine.has_work
     aborted = next(n for n, plan in enumerate(harness.runner.plans) if plan.chunks[0].request_id == "b")
     assert all(chunk.request_id == "b" for plan in harness.runner.plans[aborted:] for chunk in plan.chunks)
+
+
+@pytest.mark.parametrize(("quiet_time", "is_checked"), [(60.0, False), (0.01, True)])
+def test_the_state_is_checked_when_no_request_has_come_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, quiet_time: float, is_checked: bool
+) -> None:
+    monkeypatch.setattr(engine_process, "_QUIET_TIME", quiet_time)
+    harness, checked = Harness(), threading.Event()
+    monkeypatch.setattr(harness.engine, "check", checked.set)
+    with _serving(harness) as server:
+        for name in "ab":
+            server.send(_request(name))
+            server.receive_until(_ends(name))
+        assert checked.wait(10 if is_checked else 0) == is_checked
+        server.send(_request("c"))
+        assert len(server.receive_until(_ends("c"))) == 3
