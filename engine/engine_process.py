@@ -34,6 +34,7 @@ from nybble.engine.messages import (
     EngineFailed,
     EngineReady,
     Request,
+    RequestAccepted,
     RequestFailed,
     RequestRefused,
     ToEngine,
@@ -236,7 +237,7 @@ def _add(request: Request, engine: Engine) -> list[EngineEvent]:
         logger.exception("a request could not be added")
         message = f"the engine failed at this request: {type(error).__name__}"
         return [RequestFailed(request_id=name, message=message, kind="internal")]
-    return []
+    return [RequestAccepted(request_id=name)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nybble.engine.messages import (
     EngineStats,
     FromEngine,
     Request,
+    RequestAccepted,
     RequestFailed,
     RequestRefused,
     SamplingParams,
@@ -30,7 +31,7 @@ from nybble.engine.messages import (
 
 
 class _Server:
-    """The other side: what it got but statistics, and how `serve` ended."""
+    """The other side: what it got but statistics and what was accepted, and how `serve` ended."""
 
     def __init__(self, harness: Harness) -> None:
         engine_side, server_side = socket.socketpair()
@@ -38,6 +39,7 @@ class _Server:
         self._channel: Channel[Any] = Channel(server_side, FromEngine)
         self._thread = threading.Thread(target=self._serve, args=(harness, engine_side))
         self.end: Exception | None = None
+        self.accepted: list[str] = []
         self._thread.start()
 
     def _serve(self, harness: Harness, sock: socket.socket) -> None:
@@ -53,8 +55,13 @@ class _Server:
     def receive_until(self, is_last: Callable[[Any], bool]) -> list[Any]:
         messages: list[Any] = []
         while not messages or not is_last(messages[-1]):
-            messages += (m for m in self._channel.receive() if not isinstance(m, EngineStats))
+            messages += filter(self._is_answer, self._channel.receive())
         return messages
+
+    def _is_answer(self, message: Any) -> bool:
+        if isinstance(message, RequestAccepted):
+            self.accepted.append(message.request_id)
+        return not isinstance(message, EngineStats | RequestAccepted)
 
     def close(self) -> None:
         self._socket.close()
@@ -88,6 +95,7 @@ def test_tokens_until_the_end() -> None:
         server.send(_request("a"))
         events = server.receive_until(_ends("a"))
         assert [event.finish_reason for event in events] == [None, None, "length"]
+        assert server.accepted == ["a"]
     assert isinstance(server.end, ChannelClosedError)
 
 
@@ -95,6 +103,7 @@ def test_refusals_say_why() -> None:
     with _serving(Harness(max_waiting=0)) as server:
         server.send(_request("a"))
         (full,) = server.receive_until(_ends("a"))
+        assert server.accepted == []
     assert isinstance(full, RequestRefused) and full.retry_after == 5.0 and full.parameter is None
     with _serving(Harness()) as server:
         server.send(_request("a", max_tokens=10_000))
