@@ -22,5 +22,4 @@ class Prices:
             + num_cached * self.cached_price
             + num_completion * self.output_price
         )
-        # Cents of a millionth of a millionth are the noise of binary fractions.
-        return round(millionths / 1e6, 12)
+        return millionths / 1e6

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 
 from nybble.engine.errors import EngineDeadError
 from nybble.engine.messages import (
-    AnswerEvent,
     CacheExplanation,
     EngineStats,
     FinishReason,
     Request,
-    RequestAccepted,
     TokenEvent,
     TokenLogprobs,
 )
@@ -36,12 +34,7 @@ class Pause:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(frozen=True)
-class Accept:
-    """Says that the request was taken."""
-
-
-Step = int | Emit | Pause | Accept | Exception
+Step = int | Emit | Pause | Exception
 
 
 class ScriptedEngine:
@@ -74,7 +67,7 @@ class ScriptedEngine:
         """From the next request on."""
         self._script, self._finish_reason = script, finish_reason
 
-    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
         self.requests.append(request)
@@ -86,8 +79,6 @@ class ScriptedEngine:
                     case Pause():
                         step.reached.set()
                         await step.resumed.wait()
-                    case Accept():
-                        yield RequestAccepted(request_id=request.request_id)
                     case Exception():
                         is_finished = True
                         self.is_alive = not isinstance(step, EngineDeadError)

@@ -5,10 +5,15 @@
 
 #include "nybble_cpu.h"
 
-#define NYBBLE_DECLARE_LEVEL(level)                                                                                  \
-    extern const struct nybble_kernels nybble_kernels_##level;                                                       \
-    void nybble_add_rms_norm_##level(const float *hidden, const float *update, const float *weight, float eps,       \
-                                     int64_t columns, float *sum, float *normed);
+#define NYBBLE_DECLARE_LEVEL(level)                                                                                   \
+    extern const struct nybble_kernels nybble_kernels_##level;                                                        \
+    void nybble_add_rms_norm_##level(const float *hidden, const float *update, const float *weight, float eps,        \
+                                     int64_t columns, float *sum, float *normed);                                     \
+    void nybble_attend_##level(const struct nybble_attention_span *span);                                             \
+    void nybble_merge_softmax_##level(const struct nybble_softmax *total, const struct nybble_softmax *next,          \
+                                      int num_queries, int64_t width);                                                \
+    struct nybble_pick nybble_largest_##level(const float *x, int64_t first, int64_t end);                            \
+    struct nybble_pick nybble_draw_largest_##level(const struct nybble_draw *draw, struct nybble_pick best);
 
 NYBBLE_DECLARE_LEVEL(portable)
 NYBBLE_DECLARE_LEVEL(avx2)

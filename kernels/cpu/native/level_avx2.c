@@ -2,4 +2,8 @@
 
 const struct nybble_kernels nybble_kernels_avx2 = {
     .add_rms_norm = nybble_add_rms_norm_avx2,
+    .attend = nybble_attend_avx2,
+    .merge_softmax = nybble_merge_softmax_avx2,
+    .largest = nybble_largest_avx2,
+    .draw_largest = nybble_draw_largest_avx2,
 };

@@ -2,4 +2,8 @@
 
 const struct nybble_kernels nybble_kernels_avx512vnni = {
     .add_rms_norm = nybble_add_rms_norm_avx512vnni,
+    .attend = nybble_attend_avx512vnni,
+    .merge_softmax = nybble_merge_softmax_avx512vnni,
+    .largest = nybble_largest_avx512vnni,
+    .draw_largest = nybble_draw_largest_avx512vnni,
 };

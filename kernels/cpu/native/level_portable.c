@@ -2,4 +2,8 @@
 
 const struct nybble_kernels nybble_kernels_portable = {
     .add_rms_norm = nybble_add_rms_norm_portable,
+    .attend = nybble_attend_portable,
+    .merge_softmax = nybble_merge_softmax_portable,
+    .largest = nybble_largest_portable,
+    .draw_largest = nybble_draw_largest_portable,
 };

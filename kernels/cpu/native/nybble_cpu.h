@@ -24,12 +24,35 @@ enum nybble_level { NYBBLE_PORTABLE, NYBBLE_AVX2, NYBBLE_AVX512VNNI, NYBBLE_NUM_
 
 enum nybble_status { NYBBLE_OK, NYBBLE_NO_MEMORY, NYBBLE_OTHER_PROCESS };
 
+struct nybble_attention_span;
+struct nybble_softmax;
+struct nybble_draw;
+
+/* A column of a row of logits, and its value. */
+struct nybble_pick {
+    double value;
+    int64_t column;
+};
+
 /* What a level does in its own way. One constant table for each level, in level_LEVEL.c. */
 struct nybble_kernels {
     /* sum = hidden + update (hidden alone if update is NULL), normed = sum / rms(sum) * weight, all [columns].
        sum may be hidden, or NULL if it is not wanted. */
     void (*add_rms_norm)(const float *hidden, const float *update, const float *weight, float eps,
                          int64_t columns, float *sum, float *normed);
+
+    /* The softmax of a span of keys, from its beginning (attention.h). */
+    void (*attend)(const struct nybble_attention_span *span);
+
+    /* Merge the softmax of the keys that follow into `total`. width: of a row of outputs. */
+    void (*merge_softmax)(const struct nybble_softmax *total, const struct nybble_softmax *next, int num_queries,
+                          int64_t width);
+
+    /* The first of the largest of the columns first to end of x (sampling.h). */
+    struct nybble_pick (*largest)(const float *x, int64_t first, int64_t end);
+
+    /* The largest of the columns of a draw after noise, or `best`, if it is that. */
+    struct nybble_pick (*draw_largest)(const struct nybble_draw *draw, struct nybble_pick best);
 };
 
 /* Of all source files, as scripts/native_build.py computes it. */
