@@ -5,6 +5,7 @@ A frame is a 4-byte little-endian length and a msgpack array of messages.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from collections.abc import Iterable
@@ -60,6 +61,12 @@ class Channel(Generic[Message]):
             self._socket.sendall(encode_frame(messages))
         except OSError as error:
             raise ChannelClosedError from error
+
+    def wait(self, seconds: float) -> bool:
+        """Whether something comes within that time: a message, part of one, or the end."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(seconds * 1e3))
 
     def receive(self) -> list[Message]:
         """Wait for messages, without using the CPU. Raises ChannelClosedError."""

@@ -148,7 +148,7 @@ class Engine:
             raise EngineBrokenError(self.failure)
         expired = self._expire()
         plan = self._scheduler.schedule()
-        self._recorder.requests_admitted(self._scheduler.take_admitted())
+        self._scheduler.note_waits(self._recorder.requests_admitted(self._scheduler.take_admitted()))
         if not plan.chunks:
             meanwhile()
             return [*expired]

@@ -24,12 +24,14 @@ from nybble.engine.errors import (
 from nybble.engine.grammar.grammar_checker import GrammarChecker
 from nybble.engine.messages import (
     Abort,
+    AnswerEvent,
     EngineEvent,
     EngineFailed,
     EngineReady,
     EngineStats,
     FromEngine,
     Request,
+    RequestAccepted,
     RequestFailed,
     RequestRefused,
     ToEngine,
@@ -57,8 +59,8 @@ class EngineClient(Protocol):
     def is_alive(self) -> bool:
         """Whether a request could be run now."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """Run a request: one event a token. Closing the iterator early aborts the request.
+    def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+        """Run a request: one event when it is taken, then one a token. Closing the iterator early aborts it.
 
         Raises:
             InvalidRequestError: the engine refuses it.
@@ -127,7 +129,7 @@ class SubprocessEngine:
         await self._end_process()
         await self._grammars.stop()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
         if not self._is_alive:
             raise EngineDeadError("the engine is not running")
         if request.sampling.grammar is not None:
@@ -139,8 +141,8 @@ class SubprocessEngine:
             self._send(request)
             while not is_finished:
                 event = await queue.get()
-                is_finished = not isinstance(event, TokenEvent) or event.finish_reason is not None
-                yield _token_event(event)
+                is_finished = _is_last(event)
+                yield _answer_event(event)
         finally:
             self._streams.pop(request.request_id, None)
             if not is_finished:
@@ -236,7 +238,7 @@ class SubprocessEngine:
             self.last_token_time = time.monotonic()
         if isinstance(message, EngineFailed):
             logger.error("the engine cannot go on: %s", message.message)
-        elif isinstance(message, TokenEvent | RequestFailed | RequestRefused):
+        elif isinstance(message, TokenEvent | RequestAccepted | RequestFailed | RequestRefused):
             queue = self._streams.get(message.request_id)  # None: aborted meanwhile
             if queue is not None:
                 queue.put_nowait(message)
@@ -301,7 +303,16 @@ def _identity(ready: EngineReady) -> tuple[int, int, tuple[int, ...]]:
     return ready.vocab_size, ready.max_model_len, ready.eos_token_ids
 
 
-def _token_event(event: EngineEvent | None) -> TokenEvent:
+def _is_last(event: EngineEvent | None) -> bool:
+    match event:
+        case TokenEvent():
+            return event.finish_reason is not None
+        case RequestAccepted():
+            return False
+    return True
+
+
+def _answer_event(event: EngineEvent | None) -> AnswerEvent:
     if event is None:
         raise EngineDeadError("the engine stopped before the request was finished; send it again")
     if isinstance(event, RequestRefused):

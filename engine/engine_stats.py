@@ -29,12 +29,11 @@ class Gauges:
 class _OpenRequest:
     """When its tokens came. Before the first one `last_token` is None."""
 
-    __slots__ = ("admission", "arrival", "last_token", "num_prompt_tokens")
+    __slots__ = ("arrival", "last_token", "num_prompt_tokens")
 
     def __init__(self, arrival: float, num_prompt_tokens: int) -> None:
         self.arrival = arrival
         self.num_prompt_tokens = num_prompt_tokens
-        self.admission = arrival
         self.last_token: float | None = None
 
 
@@ -65,13 +64,13 @@ class StatsRecorder:
         if self._requests.pop(request_id, None) is not None:
             self._count_end(reason)
 
-    def requests_admitted(self, request_ids: Iterable[str]) -> None:
-        """They run for the first time."""
+    def requests_admitted(self, request_ids: Iterable[str]) -> dict[str, float]:
+        """They run for the first time. Returns how many seconds each has waited for that."""
         now = self._clock()
-        for request_id in request_ids:
-            request = self._requests[request_id]
-            request.admission = now
-            self._queue_time.observe(now - request.arrival)
+        waits = {request_id: now - self._requests[request_id].arrival for request_id in request_ids}
+        for seconds in waits.values():
+            self._queue_time.observe(seconds)
+        return waits
 
     def step_done(self, plan: StepPlan, seconds: float, events: Sequence[TokenEvent]) -> None:
         """The tokens of a plan are there, `seconds` after it was launched."""

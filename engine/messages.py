@@ -92,8 +92,17 @@ class CacheExplanation(Struct, frozen=True, kw_only=True):
     first_differing_token: int | None = None
 
 
+class RequestAccepted(Struct, frozen=True, kw_only=True, tag=True, gc=False):
+    """A request was taken, so that it will not be refused any more. It may have to wait yet."""
+
+    request_id: str
+
+
 class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False, omit_defaults=True):
-    """One more token of a request; its last one carries the finish reason."""
+    """One more token of a request; its last one carries the finish reason.
+
+    queue_time: with the first token, the seconds from the request's arrival to the first step that ran it.
+    """
 
     request_id: str
     token_id: int
@@ -101,6 +110,7 @@ class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False, omit_def
     finish_reason: FinishReason | None
     num_cached_tokens: int
     cache_explanation: CacheExplanation | None = None
+    queue_time: float | None = None
 
 
 class RequestRefused(Struct, frozen=True, kw_only=True, tag=True):
@@ -193,5 +203,6 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
 
 ToEngine = Request | Abort
 StepEvent = TokenEvent | RequestFailed
-EngineEvent = StepEvent | RequestRefused
+EngineEvent = StepEvent | RequestAccepted | RequestRefused
+AnswerEvent = RequestAccepted | TokenEvent  # what a request that does not fail gets
 FromEngine = EngineReady | EngineFailed | EngineEvent | EngineStats

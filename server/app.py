@@ -1,11 +1,11 @@
-"""The HTTP API: routes, and the one mapping from errors to answers."""
+"""The HTTP API: its routes, and how requests come in and answers go out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import Coroutine
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -14,19 +14,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from nybble.engine.engine_client import EngineClient, ObservedEngine
 from nybble.engine.errors import (
-    ContextLengthError,
-    EngineDeadError,
-    InvalidRequestError,
     NybbleError,
-    QueueFullError,
-    RequestFailedError,
-    RequestTimeoutError,
 )
 from nybble.server.access.access import Access
 from nybble.server.access.key_gate import KeyGate, visit_of
@@ -34,22 +28,15 @@ from nybble.server.access.metered_engine import MeteredEngine, own_salt
 from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.chat.completion import Completion
 from nybble.server.chat.replay_store import ReplayStore
-from nybble.server.coalescing import coalesce
 from nybble.server.errors import (
     APIError,
-    BadRequestError,
-    InternalError,
-    MethodError,
-    NotFoundError,
-    TimedOutError,
     TooLargeError,
-    TooManyRequestsError,
-    UnavailableError,
+    api_error,
 )
-from nybble.server.keep_alive import kept_alive
+from nybble.server.event_stream import EventStream
 from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
-from nybble.server.request_ids import RequestIds
+from nybble.server.request_ids import HEADER, RequestIds, request_id
 from nybble.server.requests.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.requests.schemas import ChatCompletionRequest, Model, ModelList, Version
 from nybble.server.requests.tokenize_request import detokenize, tokenize
@@ -62,11 +49,8 @@ logger = logging.getLogger("nybble.server")
 
 T = TypeVar("T")
 _json = msgspec.json.Encoder()
-_Chunks = AsyncGenerator[Any, None]
-
 _NUM_WORK_THREADS = 4
 _WORK_SECONDS = 60.0
-_KEEP_ALIVE_SECONDS = 10.0
 
 
 def create_app(
@@ -75,7 +59,7 @@ def create_app(
     """The API over `engine`, which tests may script; open to all where `access` is None."""
     api = _API(engine, model, config)
     gate = [Middleware(KeyGate, access=access)] if access else []
-    handled = (APIError, HTTPException, NybbleError, Exception)
+    handled = (APIError, HTTPException, NybbleError)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
@@ -88,7 +72,8 @@ def create_app(
             Route("/openapi.json", api.openapi),
             *Monitoring(engine, model.name, config.ready_timeout).routes(),
         ],
-        exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
+        exception_handlers=dict.fromkeys(handled, _answer_error)
+        | {Exception: _answer_fault, ClientDisconnect: _answer_nobody},
         middleware=[Middleware(RequestIds), *gate],
     )
     app.router.redirect_slashes = False  # to an address that a Host header makes up
@@ -165,10 +150,9 @@ def _own(asked: ChatCompletionRequest, request: Request) -> ChatCompletionReques
 async def _run(request: Request, completion: Completion | TextCompletionRun, is_stream: bool) -> Response:
     if not is_stream:
         return _json_response(await _unless_disconnected(request, completion.whole()))
-    chunks = completion.chunks()
-    # An engine that cannot start the request must still be able to answer with a status.
-    first = await _unless_disconnected(request, _next(chunks))
-    return _EventStream(first, chunks)
+    stream = EventStream(completion.chunks())
+    await _unless_disconnected(request, stream.begin(completion.accepted))
+    return stream
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -207,82 +191,22 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _next(chunks: _Chunks) -> object:
-    return await anext(chunks)
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events of a completion, which is closed at once when the client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: object, chunks: _Chunks) -> None:
-        self._events = coalesce(_server_sent_events(first, chunks))
-        self._chunks = chunks
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._events, headers=headers)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Both: a reader that never reads may go before the first event was taken.
-        async with (
-            aclosing(self._chunks),
-            aclosing(self._events),
-            kept_alive(send, _KEEP_ALIVE_SECONDS) as kept,
-        ):
-            await super().__call__(scope, receive, kept)
-
-
-async def _server_sent_events(first: object, chunks: _Chunks) -> AsyncGenerator[bytes, None]:
-    try:
-        yield _event(_json.encode(first))
-        async for chunk in chunks:
-            yield _event(_json.encode(chunk))
-    except Exception as error:  # the status is sent: what is left is to say so in the stream
-        if isinstance(_api_error(error), InternalError):
-            logger.exception("a request failed")
-        yield _event(_json.encode(_api_error(error).body()))
-    yield _event(b"[DONE]")
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
-
-
 def _json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(_json.encode(content), status, headers, media_type="application/json")
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    answer = _api_error(error)
+    answer = api_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     return _json_response(answer.body(), answer.status, headers | answer.headers())
 
 
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    """As `_answer_error`, where starlette calls it: outside of all middleware."""
+    answer = await _answer_error(request, error)
+    answer.raw_headers.append((HEADER, request_id(request.scope)))
+    return answer
+
+
 async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nginx's code for a client that is gone; nobody reads it
-
-
-def _api_error(error: Exception) -> APIError:
-    """The one mapping from what went wrong to what the client is told."""
-    match error:
-        case APIError():
-            return error
-        case ContextLengthError():
-            return BadRequestError(str(error), error.parameter, "context_length_exceeded")
-        case InvalidRequestError():
-            return BadRequestError(str(error), error.parameter)
-        case QueueFullError():
-            return TooManyRequestsError(str(error), error.retry_after)
-        case RequestTimeoutError():
-            return TimedOutError(str(error), "timeout", "timeout")
-        case RequestFailedError():
-            return InternalError(str(error), code="engine_error")
-        case EngineDeadError():
-            return UnavailableError(str(error), code="engine_dead")
-        case HTTPException(status_code=404):
-            return NotFoundError("no such route")
-        case HTTPException(status_code=405):
-            return MethodError("this route does not take that method")
-        case HTTPException():
-            return BadRequestError(error.detail)
-    return InternalError("the server failed to handle the request")

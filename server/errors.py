@@ -21,6 +21,17 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from starlette.exceptions import HTTPException
+
+from nybble.engine.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
+
 
 class APIError(Exception):
     status: ClassVar[int]
@@ -107,3 +118,29 @@ class UnavailableError(APIError):
 class TimedOutError(APIError):
     status = 504
     kind = "timeout_error"
+
+
+def api_error(error: Exception) -> APIError:
+    """The one mapping from what went wrong to what the client is told."""
+    match error:
+        case APIError():
+            return error
+        case ContextLengthError():
+            return BadRequestError(str(error), error.parameter, "context_length_exceeded")
+        case InvalidRequestError():
+            return BadRequestError(str(error), error.parameter)
+        case QueueFullError():
+            return TooManyRequestsError(str(error), error.retry_after)
+        case RequestTimeoutError():
+            return TimedOutError(str(error), "timeout", "timeout")
+        case RequestFailedError():
+            return InternalError(str(error), code="engine_error")
+        case EngineDeadError():
+            return UnavailableError(str(error), code="engine_dead")
+        case HTTPException(status_code=404):
+            return NotFoundError("no such route")
+        case HTTPException(status_code=405):
+            return MethodError("this route does not take that method")
+        case HTTPException():
+            return BadRequestError(error.detail)
+    return InternalError("the server failed to handle the request")

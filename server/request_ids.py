@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import uuid
+from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_HEADER = b"x-request-id"
+HEADER = b"x-request-id"
+_KEY = "nybble.request_id"  # in the scope
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # nothing that could break a header or a log line
 
 
@@ -21,18 +23,21 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        scope[_KEY] = name = _given_id(scope) or uuid.uuid4().hex.encode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (_HEADER, request_id)]}
+                message = {**message, "headers": [*message.get("headers", ()), (HEADER, name)]}
             await send(message)
 
         await self._app(scope, receive, send_with_id)
 
 
-def _request_id(scope: Scope) -> bytes:
-    given = [value for name, value in scope["headers"] if name == _HEADER]
-    if len(given) == 1 and _ALLOWED.fullmatch(given[0]):
-        return bytes(given[0])
-    return uuid.uuid4().hex.encode()
+def request_id(scope: Scope) -> bytes:
+    """Of a request that has come through the middleware."""
+    return cast(bytes, scope[_KEY])
+
+
+def _given_id(scope: Scope) -> bytes | None:
+    given = [value for name, value in scope["headers"] if name == HEADER]
+    return bytes(given[0]) if len(given) == 1 and _ALLOWED.fullmatch(given[0]) else None

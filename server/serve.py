@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from nybble.engine.engine_client import SubprocessEngine
 from nybble.engine.errors import EngineDeadError
+from nybble.engine.garbage import settle
 from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.access.access import Access
@@ -125,6 +126,7 @@ async def prepared_server(
             logger.info("serving %r, up to %d tokens", model.name, model.max_model_len)
             settings = _settings(app, config.server, context)
             server = HTTPServer(settings, engine, config.server.shutdown_timeout)
+            settle()
             listen(sock)
             watch = asyncio.create_task(server.stop_with_engine())
             try:

@@ -149,6 +149,11 @@ class Scheduler:
         admitted, self._admitted = self._admitted, []
         return admitted
 
+    def note_waits(self, waits: Mapping[str, float]) -> None:
+        """How many seconds requests have waited that are now running, for their first events."""
+        for request_id, seconds in waits.items():
+            self._sequences[request_id].queue_time = seconds
+
     def gauges(self) -> Gauges:
         return Gauges(
             num_waiting=self.num_waiting,
@@ -318,6 +323,7 @@ class Scheduler:
 
 def _append(sequence: Sequence, token: SampledToken) -> TokenEvent:
     explanation, sequence.cache_explanation = sequence.cache_explanation, None
+    queue_time, sequence.queue_time = sequence.queue_time, None
     return TokenEvent(
         request_id=sequence.request_id,
         token_id=token.token_id,
@@ -325,4 +331,5 @@ def _append(sequence: Sequence, token: SampledToken) -> TokenEvent:
         finish_reason=sequence.append(token.token_id),
         num_cached_tokens=sequence.num_cached_tokens,
         cache_explanation=explanation,
+        queue_time=queue_time,
     )

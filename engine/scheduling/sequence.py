@@ -41,6 +41,7 @@ class Sequence:
         self.was_admitted = False
         self.explains_cache = request.explain_cache
         self.cache_explanation: CacheExplanation | None = None  # until an event takes it
+        self.queue_time: float | None = None  # seconds, until an event takes it
         self.finish_reason: FinishReason | None = None
         self.drafts: tuple[int, ...] = ()
         self.blocks = BlockTable()

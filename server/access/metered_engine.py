@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.messages import Request, TokenEvent
+from nybble.engine.messages import AnswerEvent, Request, TokenEvent
 from nybble.server.access.access import Visit
 
 
@@ -24,12 +24,13 @@ class MeteredEngine:
     def is_alive(self) -> bool:
         return self._engine.is_alive
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
         name = self._visit.name
         own = msgspec.structs.replace(request, tenant=name, cache_salt=own_salt(name, request.cache_salt))
         async with aclosing(self._engine.generate(own)) as events:
             async for event in events:
-                self._charge(request.prompt_token_ids, event)
+                if isinstance(event, TokenEvent):
+                    self._charge(request.prompt_token_ids, event)
                 yield event
 
     def _charge(self, prompt: tuple[int, ...], event: TokenEvent) -> None:

@@ -22,4 +22,5 @@ class Prices:
             + num_cached * self.cached_price
             + num_completion * self.output_price
         )
-        return millionths / 1e6
+        # Cents of a millionth of a millionth are the noise of binary fractions.
+        return round(millionths / 1e6, 12)

@@ -51,6 +51,7 @@ class ChatRequest:
     explain_cache: bool
     is_stream: bool
     include_usage: bool
+    continuous_usage: bool = False  # in each chunk
     priority: int = 0
     timeout: float | None = None  # seconds
     has_thinking: bool = False  # whether the model has tags for thoughts
@@ -97,6 +98,7 @@ def prepare_chat_request(
         explain_cache=bool(request.explain_cache),
         is_stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        continuous_usage=bool(request.stream_options and request.stream_options.continuous_usage_stats),
         priority=request.priority or 0,
         timeout=request.timeout,
         has_thinking=has_thinking(model.tokenizer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -10,7 +11,7 @@ from contextlib import aclosing
 from msgspec import UNSET, UnsetType
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.messages import CacheExplanation, Request
+from nybble.engine.messages import CacheExplanation, Request, TokenEvent
 from nybble.server.access.prices import Prices
 from nybble.server.chat.answer_message import AnswerMessage, MessageDeltas
 from nybble.server.chat.answer_parser import AnswerParser
@@ -29,15 +30,20 @@ from nybble.server.requests.schemas import (
     LogprobEntry,
     MessageDelta,
     PromptTokensDetails,
+    Timings,
     Usage,
 )
 from nybble.server.served_model import ServedModel
 from nybble.server.text.choices import run_choices
+from nybble.server.text.request_timer import RequestTimer
 from nybble.server.text.text_stream import TextStream
 
 
 class Completion:
-    """Iterate `deltas` to run it; `usage` then tells what was used so far."""
+    """Iterate `deltas` to run it; `usage` then tells what was used so far.
+
+    accepted: set when the engine has taken the request.
+    """
 
     def __init__(
         self,
@@ -54,7 +60,8 @@ class Completion:
         self._prices = prices
         self._replay = replay
         self._created = int(time.time())
-        self._start = time.monotonic()
+        self._timer = RequestTimer()
+        self.accepted = asyncio.Event()
         self._num_completion = 0
         self._num_reasoning = 0
         self._num_cached = 0
@@ -85,6 +92,10 @@ class Completion:
         token_ids, texts = list[int](), list[str]()
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
+                if not isinstance(event, TokenEvent):
+                    self.accepted.set()
+                    continue
+                self._timer.note_token(event, ends_prompt=number == 0 and not token_ids)
                 self._num_completion += 1
                 if number == 0:  # the others find what it has computed
                     self._num_cached = event.num_cached_tokens
@@ -104,7 +115,7 @@ class Completion:
         """Seconds of the request's timeout, if it has one: of all choices together."""
         if self._request.timeout is None:
             return None
-        return self._request.timeout - (time.monotonic() - self._start)
+        return self._request.timeout - self._timer.elapsed
 
     def usage(self) -> Usage:
         """Of all choices together; the prompt counts once."""
@@ -116,6 +127,11 @@ class Completion:
             prompt_tokens_details=PromptTokensDetails(self._num_cached, self._cache_miss()),
             completion_tokens_details=CompletionTokensDetails(self._num_reasoning),
             estimated_cost=self._prices.cost(num_prompt, self._num_cached, self._num_completion),
+        )
+
+    def _timings(self) -> Timings:
+        return self._timer.timings(
+            len(self._request.prompt_token_ids), self._num_cached, self._num_completion
         )
 
     def _cache_miss(self) -> CacheMiss | UnsetType:
@@ -140,22 +156,26 @@ class Completion:
             model=self._model.name,
             choices=[self._whole_choice(*numbered) for numbered in enumerate(answers)],
             usage=self.usage(),
+            timings=self._timings(),
             system_fingerprint=self._model.fingerprint,
         )
 
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk, None]:
         """The answers as they come: role, pieces, finish reason, usage if asked for."""
         begun = dict[int, MessageDeltas]()
+        num_open = self._request.num_choices
         async with aclosing(self.deltas()) as deltas:
             async for number, delta in deltas:
                 if number not in begun:
                     role = MessageDelta(role="assistant", content="")
                     yield self._chunk(ChunkChoice(delta=role, index=number))
                     begun[number] = MessageDeltas()
+                num_open -= delta.finish_reason is not None
                 for choice in self._chunk_choices(number, delta, begun[number]):
-                    yield self._chunk(choice)
+                    is_last = not num_open and choice.finish_reason is not None
+                    yield self._chunk(choice, is_last and not self._request.include_usage)
         if self._request.include_usage:
-            yield self._chunk(None)
+            yield self._chunk(None, is_last=True)
 
     def _whole_choice(self, number: int, answer: AnswerMessage) -> Choice:
         return Choice(
@@ -179,16 +199,17 @@ class Completion:
             reason = delta.finish_reason
             yield ChunkChoice(delta=MessageDelta(), logprobs=logprobs, finish_reason=reason, index=number)
 
-    def _chunk(self, choice: ChunkChoice | None) -> ChatCompletionChunk:
-        """A chunk of one choice, or the last one, which has the usage instead."""
-        usage = None if choice else self.usage()
+    def _chunk(self, choice: ChunkChoice | None, is_last: bool = False) -> ChatCompletionChunk:
+        """A chunk of one choice, or the one after all, which has the usage instead."""
+        has_usage = choice is None or self._request.continuous_usage
         return ChatCompletionChunk(
             id=self.completion_id,
             created=self._created,
             model=self._model.name,
             choices=[choice] if choice else [],
             system_fingerprint=self._model.fingerprint,
-            usage=usage if self._request.include_usage else UNSET,
+            usage=(self.usage() if has_usage else None) if self._request.include_usage else UNSET,
+            timings=self._timings() if is_last else UNSET,
         )
 
     def _choice_logprobs(

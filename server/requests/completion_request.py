@@ -53,6 +53,7 @@ class CompletionJob:
     cache_salt: str
     is_stream: bool
     include_usage: bool
+    continuous_usage: bool  # in each chunk
     priority: int
     timeout: float | None  # seconds
 
@@ -91,6 +92,7 @@ def prepare_completion_request(request: CompletionRequest, model: ServedModel) -
         cache_salt=request.cache_salt or "",
         is_stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        continuous_usage=bool(request.stream_options and request.stream_options.continuous_usage_stats),
         priority=request.priority or 0,
         timeout=request.timeout,
     )

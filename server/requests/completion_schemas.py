@@ -16,6 +16,7 @@ from nybble.server.requests.schemas import (
     Seconds,
     StreamOptions,
     TemplateOptions,
+    Timings,
     Usage,
 )
 
@@ -73,6 +74,7 @@ class TextCompletion(Struct, frozen=True):
     choices: list[CompletionChoice]
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"
 
 

@@ -55,7 +55,10 @@ class ChatMessage(Struct, frozen=True):
 
 
 class StreamOptions(Struct, frozen=True):
+    """continuous_usage_stats: with include_usage, every chunk has the usage so far."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class FunctionDefinition(Struct, frozen=True):
@@ -174,6 +177,26 @@ class Usage(Struct, frozen=True):
     estimated_cost: float
 
 
+class Timings(Struct, frozen=True):
+    """llama.cpp's names: n for tokens, ms for milliseconds.
+
+    prompt: from the request to its first token, without the time in the queue; its tokens that were not
+    cached. predicted: from the first token to the last; its rates are of the tokens after the
+    first, which comes with the prompt. A rate without any time or tokens is 0.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+    queue_ms: float
+
+
 class FunctionCall(Struct, frozen=True):
     name: str
     arguments: str  # JSON
@@ -207,6 +230,7 @@ class ChatCompletion(Struct, frozen=True):
     model: str
     choices: list[Choice]
     usage: Usage
+    timings: Timings
     system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
 
@@ -247,6 +271,7 @@ class ChatCompletionChunk(Struct, frozen=True):
     choices: list[ChunkChoice]
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
+    timings: Timings | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import time
 import uuid
@@ -11,21 +12,29 @@ from contextlib import aclosing
 from msgspec import UNSET, UnsetType
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.messages import Request
+from nybble.engine.messages import Request, TokenEvent
 from nybble.server.access.prices import Prices
 from nybble.server.requests.completion_request import CompletionJob, PromptToComplete
 from nybble.server.requests.completion_schemas import CompletionChoice, CompletionLogprobs, TextCompletion
 from nybble.server.requests.sampling_options import choice_sampling
-from nybble.server.requests.schemas import CompletionTokensDetails, LogprobEntry, PromptTokensDetails, Usage
+from nybble.server.requests.schemas import (
+    CompletionTokensDetails,
+    LogprobEntry,
+    PromptTokensDetails,
+    Timings,
+    Usage,
+)
 from nybble.server.served_model import ServedModel
 from nybble.server.text.choices import run_all, run_choices
+from nybble.server.text.request_timer import RequestTimer
 from nybble.server.text.text_stream import Delta, TextStream
 
 
 class TextCompletionRun:
     """Iterate `chunks`, or await `whole`; either runs it. Closing early aborts all that still runs.
 
-    Answers are numbered prompt by prompt: those to the first prompt come first.
+    Answers are numbered prompt by prompt: those to the first prompt come first. accepted: set when the engine
+    has taken all prompts.
     """
 
     def __init__(self, job: CompletionJob, engine: EngineClient, model: ServedModel, prices: Prices) -> None:
@@ -35,7 +44,9 @@ class TextCompletionRun:
         self._model = model
         self._prices = prices
         self._created = int(time.time())
-        self._start = time.monotonic()
+        self._timer = RequestTimer()
+        self.accepted = asyncio.Event()
+        self._num_accepted = 0  # prompts
         self._num_completion = 0
         self._num_cached = [0] * len(job.prompts)
 
@@ -45,17 +56,19 @@ class TextCompletionRun:
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 answers[piece.index].add(piece)
-        return self._answer([answer.choice() for answer in answers], self._usage())
+        return self._answer([answer.choice() for answer in answers], self._usage(), self._timings())
 
     async def chunks(self) -> AsyncGenerator[TextCompletion, None]:
         """The answers as they come, a choice in each; usage in one of its own if asked for."""
-        pending = None if self._job.include_usage else UNSET
+        num_open = len(self._job.prompts) * self._job.num_choices
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
+                num_open -= piece.finish_reason is not None
                 if piece.text or piece.finish_reason is not None:
-                    yield self._answer([piece], pending)
+                    is_last = not num_open and not self._job.include_usage
+                    yield self._answer([piece], self._usage_so_far(), self._timings() if is_last else UNSET)
         if self._job.include_usage:
-            yield self._answer([], self._usage())
+            yield self._answer([], self._usage(), self._timings())
 
     async def _pieces(self) -> AsyncGenerator[CompletionChoice, None]:
         num_choices = self._job.num_choices
@@ -82,10 +95,16 @@ class TextCompletionRun:
             cache_salt=job.cache_salt,
         )
         async with aclosing(self._engine.generate(request)) as events:
+            is_first = number == 0  # the others find what it has computed
             async for event in events:
+                if not isinstance(event, TokenEvent):
+                    self._note_accepted(is_first)
+                    continue
+                self._timer.note_token(event, ends_prompt=is_first)
                 self._num_completion += 1
-                if number == 0:  # the others find what it has computed
+                if number == 0:
                     self._num_cached[place] = event.num_cached_tokens
+                    is_first = False
                 delta = text_stream.feed(event)
                 yield delta
                 if delta.finish_reason is not None:
@@ -95,7 +114,23 @@ class TextCompletionRun:
         """Seconds of the request's timeout, if it has one: of all answers together."""
         if self._job.timeout is None:
             return None
-        return self._job.timeout - (time.monotonic() - self._start)
+        return self._job.timeout - self._timer.elapsed
+
+    def _note_accepted(self, is_prompt: bool) -> None:
+        self._num_accepted += is_prompt
+        if self._num_accepted == len(self._job.prompts):
+            self.accepted.set()
+
+    def _usage_so_far(self) -> Usage | UnsetType | None:
+        """What a chunk says of it before the last one."""
+        if not self._job.include_usage:
+            return UNSET
+        return self._usage() if self._job.continuous_usage else None
+
+    def _timings(self) -> Timings:
+        usage = self._usage()
+        num_cached = usage.prompt_tokens_details.cached_tokens
+        return self._timer.timings(usage.prompt_tokens, num_cached, usage.completion_tokens)
 
     def _usage(self) -> Usage:
         """Of all answers together; a prompt counts once."""
@@ -110,10 +145,15 @@ class TextCompletionRun:
             estimated_cost=self._prices.cost(num_prompt, num_cached, self._num_completion),
         )
 
-    def _answer(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> TextCompletion:
+    def _answer(
+        self,
+        choices: list[CompletionChoice],
+        usage: Usage | UnsetType | None,
+        timings: Timings | UnsetType,
+    ) -> TextCompletion:
         model = self._model
         return TextCompletion(
-            self.completion_id, self._created, model.name, choices, model.fingerprint, usage
+            self.completion_id, self._created, model.name, choices, model.fingerprint, usage, timings
         )
 
 

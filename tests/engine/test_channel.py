@@ -171,3 +171,17 @@ def test_a_reset_is_an_end(pair: tuple[Channel[ToEngine], socket.socket]) -> Non
         channel.poll()
     with pytest.raises(ChannelClosedError):
         channel.receive()
+
+
+def test_waiting_ends_with_data_or_the_other_side_or_time(
+    pair: tuple[Channel[ToEngine], socket.socket],
+) -> None:
+    channel, theirs = pair
+    start = time.monotonic()
+    assert not channel.wait(0.05) and time.monotonic() - start > 0.04
+    theirs.sendall(encode_frame([REQUEST])[:5])
+    assert channel.wait(10) and channel.poll() == [] and not channel.wait(0)
+    theirs.close()
+    assert channel.wait(10)
+    with pytest.raises(ChannelClosedError):
+        channel.receive()

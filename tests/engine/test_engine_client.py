@@ -29,7 +29,7 @@ from nybble.engine.errors import (
     QueueFullError,
     RequestTimeoutError,
 )
-from nybble.engine.messages import EngineStats, Request
+from nybble.engine.messages import AnswerEvent, EngineStats, Request, RequestAccepted, TokenEvent
 
 ENGINE, LAUNCHER = "nybble.engine.engine_process", "nybble.engine.ranks.launch"
 
@@ -70,7 +70,14 @@ def drive(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def collect(engine: SubprocessEngine, item: Request) -> list[int]:
-    return [event.token_id async for event in engine.generate(item)]
+    events = [event async for event in engine.generate(item)]
+    assert isinstance(events[0], RequestAccepted)
+    return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+
+async def first_token(events: AsyncGenerator[AnswerEvent, None]) -> None:
+    while not isinstance(await anext(events), TokenEvent):
+        pass
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -122,7 +129,7 @@ def test_timeouts_and_full_queues_are_told_apart(config: EngineConfig) -> None:
     async def work() -> None:
         async with running(config) as engine:
             async with aclosing(engine.generate(request("a", (1, 2, 3), 500))) as first:
-                await anext(first)
+                await first_token(first)
                 late = msgspec.structs.replace(request("b", (1, 2, 3)), deadline=0.2)
                 waiting = asyncio.create_task(collect(engine, late))
                 await asyncio.sleep(0)  # until it is sent
@@ -141,7 +148,7 @@ def test_closing_the_iterator_aborts_and_frees_the_blocks(config: EngineConfig) 
     async def work() -> None:
         async with running(config) as engine:
             async with aclosing(engine.generate(request("a", (1, 2, 3), 500))) as events:
-                await anext(events)
+                await first_token(events)
             await until(lambda: is_idle(engine.stats) and has_all_blocks(engine.stats))
 
     drive(work())
@@ -152,7 +159,7 @@ def test_death_answers_every_open_request_and_the_engine_comes_back(config: Engi
         async with running(config) as engine:
             streams = [engine.generate(request(str(n), (1, 2, 3), 500)) for n in range(3)]
             for stream in streams:
-                await anext(stream)
+                await first_token(stream)
             child().send_signal(signal.SIGKILL)
             for stream in streams:
                 with pytest.raises(EngineDeadError):
@@ -219,7 +226,7 @@ async def fail_and_come_back(engine: SubprocessEngine, victim: psutil.Process, s
     before, process = started.members(), engine._process
     streams = [engine.generate(request(f"{victim.pid}-{n}", (n, 2, 3), 500)) for n in range(3)]
     for stream in streams:
-        await anext(stream)
+        await first_token(stream)
     victim.kill()
     killed = time.monotonic()
     for stream in streams:

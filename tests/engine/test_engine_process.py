@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from engine_harness import Harness, distinct_prompt
 
+from nybble.engine import engine_process
 from nybble.engine.channel import Channel, ChannelClosedError
 from nybble.engine.engine_process import serve
 from nybble.engine.errors import EngineBrokenError
@@ -20,6 +21,7 @@ from nybble.engine.messages import (
     EngineStats,
     FromEngine,
     Request,
+    RequestAccepted,
     RequestFailed,
     RequestRefused,
     SamplingParams,
@@ -29,7 +31,7 @@ from nybble.engine.messages import (
 
 
 class _Server:
-    """The other side: what it got but statistics, and how `serve` ended."""
+    """The other side: what it got but statistics and what was accepted, and how `serve` ended."""
 
     def __init__(self, harness: Harness) -> None:
         engine_side, server_side = socket.socketpair()
@@ -37,6 +39,7 @@ class _Server:
         self._channel: Channel[Any] = Channel(server_side, FromEngine)
         self._thread = threading.Thread(target=self._serve, args=(harness, engine_side))
         self.end: Exception | None = None
+        self.accepted: list[str] = []
         self._thread.start()
 
     def _serve(self, harness: Harness, sock: socket.socket) -> None:
@@ -52,8 +55,13 @@ class _Server:
     def receive_until(self, is_last: Callable[[Any], bool]) -> list[Any]:
         messages: list[Any] = []
         while not messages or not is_last(messages[-1]):
-            messages += (m for m in self._channel.receive() if not isinstance(m, EngineStats))
+            messages += filter(self._is_answer, self._channel.receive())
         return messages
+
+    def _is_answer(self, message: Any) -> bool:
+        if isinstance(message, RequestAccepted):
+            self.accepted.append(message.request_id)
+        return not isinstance(message, EngineStats | RequestAccepted)
 
     def close(self) -> None:
         self._socket.close()
@@ -87,6 +95,7 @@ def test_tokens_until_the_end() -> None:
         server.send(_request("a"))
         events = server.receive_until(_ends("a"))
         assert [event.finish_reason for event in events] == [None, None, "length"]
+        assert server.accepted == ["a"]
     assert isinstance(server.end, ChannelClosedError)
 
 
@@ -94,6 +103,7 @@ def test_refusals_say_why() -> None:
     with _serving(Harness(max_waiting=0)) as server:
         server.send(_request("a"))
         (full,) = server.receive_until(_ends("a"))
+        assert server.accepted == []
     assert isinstance(full, RequestRefused) and full.retry_after == 5.0 and full.parameter is None
     with _serving(Harness()) as server:
         server.send(_request("a", max_tokens=10_000))
@@ -154,3 +164,19 @@ def test_an_abort_takes_effect_before_the_next_step() -> None:
     assert not harness.engine.has_work
     aborted = next(n for n, plan in enumerate(harness.runner.plans) if plan.chunks[0].request_id == "b")
     assert all(chunk.request_id == "b" for plan in harness.runner.plans[aborted:] for chunk in plan.chunks)
+
+
+@pytest.mark.parametrize(("quiet_time", "is_checked"), [(60.0, False), (0.01, True)])
+def test_the_state_is_checked_when_no_request_has_come_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, quiet_time: float, is_checked: bool
+) -> None:
+    monkeypatch.setattr(engine_process, "_QUIET_TIME", quiet_time)
+    harness, checked = Harness(), threading.Event()
+    monkeypatch.setattr(harness.engine, "check", checked.set)
+    with _serving(harness) as server:
+        for name in "ab":
+            server.send(_request(name))
+            server.receive_until(_ends(name))
+        assert checked.wait(10 if is_checked else 0) == is_checked
+        server.send(_request("c"))
+        assert len(server.receive_until(_ends("c"))) == 3

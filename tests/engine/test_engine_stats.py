@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from engine_harness import Harness, distinct_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_runner import PagedRunner
@@ -158,7 +159,8 @@ def test_tokens_that_come_together_have_no_time_between_them() -> None:
     clock = Clock()
     recorder = StatsRecorder(clock)
     recorder.request_added("a", 3)
-    recorder.requests_admitted(["a"])
+    clock.now += 2
+    assert recorder.requests_admitted(["a"]) == {"a": 2.0}
     plan = StepPlan((Chunk("a", [1], 0, [0], None),))
     event = TokenEvent(request_id="a", token_id=1, logprobs=None, finish_reason=None, num_cached_tokens=0)
     clock.now += 1
@@ -167,6 +169,19 @@ def test_tokens_that_come_together_have_no_time_between_them() -> None:
     recorder.step_done(plan, 2.0, [event, event, event])
     latency = recorder.snapshot(NOTHING).inter_token_latency
     assert (latency.cumulative[-1], latency.cumulative[0], latency.sum) == (4, 3, 2.0)
+
+
+def test_a_first_token_says_how_long_its_request_waited() -> None:
+    harness = Harness(max_num_seqs=1)
+    harness.add("a", distinct_prompt(5), max_tokens=2)
+    harness.now = 1.5
+    harness.add("b", distinct_prompt(5, 1), max_tokens=2)
+    times: list[tuple[str, float | None]] = []
+    while harness.engine.has_work:
+        events = harness.engine.step()
+        times += [(e.request_id, e.queue_time) for e in events if isinstance(e, TokenEvent)]
+        harness.now += 1
+    assert times == [("a", 1.5), ("a", None), ("b", 2.0), ("b", None)]
 
 
 def test_nothing_is_kept_of_requests_that_ended() -> None:

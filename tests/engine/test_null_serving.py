@@ -12,7 +12,7 @@ from nybble.engine.engine_client import SubprocessEngine
 from nybble.engine.engine_config import CacheConfig, EngineConfig, ParallelConfig
 from nybble.engine.errors import CheckpointError, OptionError
 from nybble.engine.loading import prepare
-from nybble.engine.messages import Request, SamplingParams, TokenEvent
+from nybble.engine.messages import AnswerEvent, Request, RequestAccepted, SamplingParams, TokenEvent
 from nybble.engine.null_serving import start_null_engine
 
 
@@ -60,7 +60,7 @@ def test_what_loads_a_checkpoint_refuses_the_option(tmp_path: Path) -> None:
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
 
-    async def run() -> list[TokenEvent]:
+    async def run() -> list[AnswerEvent]:
         engine = SubprocessEngine(EngineConfig(checkpoint=str(tmp_path), null_step_ms=0.0))
         await engine.start()
         try:
@@ -69,5 +69,10 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
         finally:
             await engine.stop()
 
-    events = asyncio.run(run())
-    assert len(events) == 3 and events[-1].finish_reason == "length"
+    accepted, *tokens = asyncio.run(run())
+    assert accepted == RequestAccepted(request_id="a")
+    assert [event.finish_reason for event in tokens if isinstance(event, TokenEvent)] == [
+        None,
+        None,
+        "length",
+    ]

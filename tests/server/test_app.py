@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 from asgi_exchange import Exchange
-from scripted_engine import Pause, ScriptedEngine, Step, scripted_logprobs
+from scripted_engine import Accept, Pause, ScriptedEngine, Step, scripted_logprobs
 
 from nybble.engine.errors import (
     ContextLengthError,
@@ -22,6 +22,7 @@ from nybble.engine.messages import CacheExplanation
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.access.prices import Prices
 from nybble.server.app import create_app
+from nybble.server.keep_alive import COMMENT
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 
@@ -115,6 +116,8 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
     answer = _answer(_chat(ScriptedEngine([*b"ok", end_id], num_cached_tokens=2), model))
     assert answer.pop("id").startswith("chatcmpl-")
     assert answer.pop("created") > model.created
+    timings = answer.pop("timings")
+    assert (timings["cache_n"], timings["prompt_n"], timings["predicted_n"]) == (2, 2, 3)
     assert answer == {
         "object": "chat.completion",
         "model": "tiny",
@@ -251,7 +254,24 @@ def test_streamed_usage(model: ServedModel, end_id: int) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("options", [{}, {"include_usage": False}])
+@pytest.mark.parametrize("options", [{}, {"include_usage": True}])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_last_chunk_has_timings(model: ServedModel, options: dict[str, bool], n: int) -> None:
+    response = _chat(ScriptedEngine([*b"ok"]), model, stream=True, stream_options=options, n=n)
+    *chunks, last = _chunks(response)
+    assert not any("timings" in chunk for chunk in chunks)
+    assert last["timings"]["predicted_n"] == 2 * n
+
+
+def test_usage_in_every_chunk(model: ServedModel) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    role, *others = _chunks(_chat(ScriptedEngine([*b"abc"]), model, stream=True, stream_options=options))
+    assert role["usage"]["completion_tokens"] == 1
+    assert [chunk["usage"]["completion_tokens"] for chunk in others] == [1, 2, 3, 3, 3]
+    assert others[-1]["choices"] == []
+
+
+@pytest.mark.parametrize("options", [{}, {"include_usage": False}, {"continuous_usage_stats": True}])
 def test_no_usage_unless_asked_for(model: ServedModel, options: dict[str, bool]) -> None:
     chunks = _chunks(_chat(ScriptedEngine([65]), model, stream=True, stream_options=options))
     assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks)
@@ -330,6 +350,9 @@ def test_a_stream_is_not_to_be_buffered(model: ServedModel) -> None:
 def test_every_answer_has_a_request_id(model: ServedModel) -> None:
     for fields in ({}, {"stream": True}, {"temperature": 9}):
         assert len(_chat(ScriptedEngine([65]), model, **fields).headers["x-request-id"]) == 32
+    headers = {"x-request-id": "mine"}
+    failed = _request(ScriptedEngine([RuntimeError()]), model, "POST", CHAT, json=_body(), headers=headers)
+    assert (failed.status_code, failed.headers.get_list("x-request-id")) == (500, ["mine"])
 
 
 # --- errors
@@ -555,6 +578,63 @@ def test_an_unexpected_error_in_mid_stream(model: ServedModel, caplog: pytest.Lo
     assert "secret" in caplog.text
 
 
+# --- streams whose first token takes long
+
+
+def test_a_stream_begins_before_its_first_token(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.server.event_stream._KEEP_ALIVE_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        pause = Pause()
+        exchange, task = _exchange(ScriptedEngine([Accept(), pause, *b"ok"]), model, is_stream=True)
+        await exchange.content_received(COMMENT * 2)
+        assert (exchange.status, exchange.body.replace(COMMENT, b"")) == (200, b"")
+        pause.resumed.set()
+        await task
+        assert b'"content":"o"' in exchange.body and exchange.body.endswith(b"data: [DONE]\n\n")
+
+    _run(scenario())
+
+
+@pytest.mark.parametrize("script", [[], [Accept()]], ids=["refused", "accepted"])
+def test_an_error_soon_after_is_a_status_yet(model: ServedModel, script: list[Step]) -> None:
+    response = _chat(ScriptedEngine([*script, QueueFullError("full", 3)]), model, stream=True)
+    assert _error(response, 429)["code"] == "queue_full"
+
+
+def test_nothing_is_sent_while_the_engine_may_refuse(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.server.event_stream._KEEP_ALIVE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        pause = Pause()
+        exchange, task = _exchange(ScriptedEngine([pause, QueueFullError("full", 3)]), model, is_stream=True)
+        await pause.reached.wait()
+        await asyncio.sleep(0.1)
+        assert exchange.messages == []
+        pause.resumed.set()
+        await task
+        assert exchange.status == 429
+
+    _run(scenario())
+
+
+def test_an_error_after_the_status_is_an_event(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.server.event_stream._KEEP_ALIVE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        pause = Pause()
+        script = [Accept(), pause, RequestTimeoutError("too late")]
+        exchange, task = _exchange(ScriptedEngine(script), model, is_stream=True)
+        await exchange.content_received(COMMENT)
+        pause.resumed.set()
+        await task
+        assert exchange.status == 200 and b'"code":"timeout"' in exchange.body
+
+    _run(scenario())
+
+
 # --- clients that go away
 
 
@@ -566,19 +646,28 @@ def _exchange(
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-@pytest.mark.parametrize("before", [[], [65, 66]])
+@pytest.mark.parametrize("before", [[], [65, 66], [Accept()]])
+@pytest.mark.parametrize("patience", [0.0, 10.0])
 def test_a_client_that_disconnects_aborts_its_request(
-    model: ServedModel, is_stream: bool, before: list[Step]
+    model: ServedModel,
+    is_stream: bool,
+    before: list[Step],
+    patience: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("nybble.server.event_stream._KEEP_ALIVE_SECONDS", patience or 0.01)
+
     async def scenario() -> None:
         pause = Pause()
         engine = ScriptedEngine([*before, pause, 67])
         exchange, task = _exchange(engine, model, is_stream)
         await pause.reached.wait()
+        if not patience:
+            await asyncio.sleep(0.05)  # a stream has begun, if it may
         exchange.disconnect()
         await task
         assert engine.aborts == [engine.requests[0].request_id]
-        assert engine.num_emitted == len(before)
+        assert engine.num_emitted == before.count(65) * 2
 
     _run(scenario())
 

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
 import pytest
+from starlette.exceptions import HTTPException
 
+from nybble.engine.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 from nybble.server.errors import (
     APIError,
     BadRequestError,
@@ -15,6 +23,7 @@ from nybble.server.errors import (
     UnauthorizedError,
     UnavailableError,
     UnprocessableError,
+    api_error,
 )
 
 CASES: list[tuple[type[APIError], int, str]] = [
@@ -60,3 +69,24 @@ def test_only_an_unavailable_server_says_when_to_come_back(kind: type[APIError])
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (3.0, "3"), (3.01, "4")])
 def test_retry_after_is_in_whole_seconds_rounded_up(seconds: float, header: str) -> None:
     assert TooManyRequestsError("full", seconds).headers() == {"Retry-After": header}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "param"),
+    [
+        (BadRequestError("bad", "n"), BadRequestError, "n"),
+        (InvalidRequestError("bad", "top_p"), BadRequestError, "top_p"),
+        (QueueFullError("full", 2.0), TooManyRequestsError, None),
+        (RequestTimeoutError("late"), TimedOutError, "timeout"),
+        (RequestFailedError("broken"), InternalError, None),
+        (EngineDeadError("dead"), UnavailableError, None),
+        (HTTPException(404), NotFoundError, None),
+        (HTTPException(405), MethodError, None),
+        (HTTPException(418, "teapot"), BadRequestError, None),
+        (ValueError("secret"), InternalError, None),
+    ],
+)
+def test_what_goes_wrong_has_an_answer(error: Exception, kind: type[APIError], param: str | None) -> None:
+    answer = api_error(error)
+    assert (type(answer), answer.param) == (kind, param)
+    assert "secret" not in answer.message

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from nybble.engine.errors import EngineDeadError
 from nybble.engine.messages import (
+    AnswerEvent,
     CacheExplanation,
     EngineStats,
     FinishReason,
     Request,
+    RequestAccepted,
     TokenEvent,
     TokenLogprobs,
 )
@@ -34,7 +36,12 @@ class Pause:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-Step = int | Emit | Pause | Exception
+@dataclass(frozen=True)
+class Accept:
+    """Says that the request was taken."""
+
+
+Step = int | Emit | Pause | Accept | Exception
 
 
 class ScriptedEngine:
@@ -67,7 +74,7 @@ class ScriptedEngine:
         """From the next request on."""
         self._script, self._finish_reason = script, finish_reason
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
         self.requests.append(request)
@@ -79,6 +86,8 @@ class ScriptedEngine:
                     case Pause():
                         step.reached.set()
                         await step.resumed.wait()
+                    case Accept():
+                        yield RequestAccepted(request_id=request.request_id)
                     case Exception():
                         is_finished = True
                         self.is_alive = not isinstance(step, EngineDeadError)

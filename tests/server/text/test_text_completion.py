@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -10,10 +11,13 @@ import pytest
 from scripted_engine import Pause, ScriptedEngine, scripted_logprobs
 
 from nybble.engine.errors import EngineDeadError
+from nybble.engine.messages import AnswerEvent, Request, RequestAccepted
 from nybble.server.access.prices import Prices
 from nybble.server.app import create_app
+from nybble.server.requests.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
+from nybble.server.text.text_completion import TextCompletionRun
 
 CONFIG = ServerConfig(prices=Prices(input_price=1.0, output_price=10.0, cached_price=0.25))
 
@@ -44,7 +48,8 @@ def test_the_whole_answer(model: ServedModel, end_id: int) -> None:
     answer = _answer(ScriptedEngine([*b"ok", end_id], num_cached_tokens=1), model)
     assert answer.pop("id").startswith("cmpl-")
     assert answer.pop("created") > model.created
-    usage = answer.pop("usage")
+    usage, timings = answer.pop("usage"), answer.pop("timings")
+    assert (timings["cache_n"], timings["predicted_n"]) == (1, 3)
     assert answer == {
         "object": "text_completion",
         "model": "tiny",
@@ -100,6 +105,54 @@ def test_streamed_usage(model: ServedModel) -> None:
     assert [chunk["usage"] for chunk in chunks] == [None] * len(chunks)
     assert last["choices"] == []
     assert last["usage"] == _answer(ScriptedEngine([65, 66]), model)["usage"]
+
+
+def test_usage_in_every_chunk_and_timings_in_the_last(model: ServedModel) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = _chunks(ScriptedEngine([65, 66]), model, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 2
+    assert not any("timings" in chunk for chunk in chunks)
+    assert (last["timings"]["prompt_n"], last["timings"]["predicted_n"]) == (2, 2)
+    *chunks, last = _chunks(ScriptedEngine([65, 66]), model, prompt=["hi", "ho"])
+    assert not any("timings" in chunk for chunk in chunks)
+    assert (last["timings"]["prompt_n"], last["timings"]["predicted_n"]) == (4, 4)
+
+
+def test_accepted_is_when_all_prompts_are(model: ServedModel) -> None:
+    async def scenario() -> None:
+        body = {"model": "tiny", "prompt": ["a", "b"]}
+        job = prepare_completion_request(parse_completion_request(json.dumps(body).encode()), model)
+        engine = _AcceptingEngine()
+        run = TextCompletionRun(job, engine, model, Prices())
+        whole = asyncio.create_task(run.whole())
+        await engine.accept()
+        await asyncio.sleep(0)
+        assert not run.accepted.is_set()
+        await engine.accept()
+        await asyncio.wait_for(run.accepted.wait(), 30)
+        whole.cancel()
+
+    asyncio.run(scenario())
+
+
+class _AcceptingEngine(ScriptedEngine):
+    """Takes a request when it is told to, and never answers it."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self._permits = asyncio.Semaphore(0)
+        self._accepted = asyncio.Semaphore(0)
+
+    async def accept(self) -> None:
+        self._permits.release()
+        await self._accepted.acquire()
+
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+        await self._permits.acquire()
+        self._accepted.release()
+        yield RequestAccepted(request_id=request.request_id)
+        await asyncio.Event().wait()
 
 
 def test_logprobs_in_the_old_shape(model: ServedModel, end_id: int) -> None:
