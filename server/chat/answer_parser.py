@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
+
 from nybble.server.chat.argument_types import ArgumentTypes
 from nybble.server.chat.tag_splitter import TagSplitter
 from nybble.server.chat.tool_call_parser import (
@@ -21,13 +23,12 @@ from nybble.server.chat.tool_call_parser import (
 THINK, END_THINK = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class Reasoning:
+# These are made for each token: dataclasses take several times as long.
+class Reasoning(Struct, frozen=True):
     text: str
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(Struct, frozen=True):
     text: str
 
 
@@ -179,6 +180,9 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbours of one kind as one."""
     joined: list[Piece] = []
     for piece in pieces:
+        if not joined:
+            joined.append(piece)
+            continue
         match joined, piece:
             case [*_, Reasoning(before)], Reasoning(text):
                 joined[-1] = Reasoning(before + text)

@@ -19,7 +19,7 @@ class TagSplitter:
 
     def feed(self, text: str) -> list[str]:
         """What is certain now: tags, and the text between them, which is never a tag."""
-        if not self._tags:
+        if not self._tags or (not self._held and "<" not in text):
             return [text] if text else []
         *parts, rest = self._pattern.split(self._held + text)
         cut = self._num_certain(rest)

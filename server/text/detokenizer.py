@@ -13,6 +13,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._holds_bytes = False
 
     def feed(self, token_id: int) -> tuple[str, str]:
         """What this token shows to have been an unfinished character of earlier tokens, and the text that
@@ -20,9 +21,15 @@ class Detokenizer:
         if self._tokenizer.is_special(token_id):
             return "", ""
         token_bytes = self._tokenizer.token_bytes(token_id)
+        if not self._holds_bytes and token_bytes.isascii():  # nearly always, and much faster
+            return "", token_bytes.decode("ascii")
         is_continued = not token_bytes or 0x80 <= token_bytes[0] < 0xC0
-        return "" if is_continued else self.finish(), self._decoder.decode(token_bytes)
+        unfinished = "" if is_continued else self.finish()
+        text = self._decoder.decode(token_bytes)
+        self._holds_bytes = self._decoder.getstate()[0] != b""
+        return unfinished, text
 
     def finish(self) -> str:
         """What is left of an unfinished character."""
+        self._holds_bytes = False
         return self._decoder.decode(b"", final=True)

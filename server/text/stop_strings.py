@@ -16,6 +16,8 @@ class StopStringMatcher:
 
     def feed(self, text: str) -> str:
         """The text that is certain now. Once matched, nothing more comes out."""
+        if not self._stop_strings:
+            return text
         if self.has_matched:
             return ""
         self._held += text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from nybble.engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from nybble.engine.tokenizer import Tokenizer
@@ -13,8 +14,7 @@ from nybble.server.text.detokenizer import Detokenizer
 from nybble.server.text.stop_strings import StopStringMatcher
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(Struct, frozen=True):  # one is made for each token: a dataclass takes several times as long
     """The next piece of an answer. Its last piece carries the finish reason."""
 
     text: str
@@ -55,12 +55,16 @@ class TextStream:
         return Delta(text, tuple(entry for _, entry in self._pending), event.finish_reason)
 
     def _release(self, text: str) -> str:
+        if not text:
+            return ""
         self._num_decoded += len(text)
         released = text if self._num_unstoppable > 0 else self._stops.feed(text)
         self._num_released += len(released)
         return released
 
     def _released_logprobs(self) -> tuple[LogprobEntry, ...]:
+        if not self._pending:
+            return ()
         entries = []
         while self._pending and self._pending[0][0] < self._num_released:
             entries.append(self._pending.popleft()[1])
