@@ -14,17 +14,33 @@ from typing import Literal
 from msgspec import Struct
 
 
-class Grammar(Struct, frozen=True, kw_only=True):
-    """The form that an answer must have.
+class Thought(Struct, frozen=True, kw_only=True):
+    """What comes before the part of an answer that has a form, up to the token `end_token_id`.
 
-    kind: what `text` is, a JSON schema, a regular expression (Rust's, of the whole answer) or a grammar in
-    GBNF or llguidance's variant of Lark; is_lenient: what cannot be checked of a schema is not refused.
-    after_token_id: the form is that of what follows this token, such as the end of a thought.
-    parameter: the request's field, for errors.
+    start_token_id: where the model opens the thought, which it may leave out, after white space at most; None
+    where the prompt has opened it.
     """
 
-    kind: Literal["json_schema", "regex", "lark"]
+    end_token_id: int
+    start_token_id: int | None = None
+
+
+class Grammar(Struct, frozen=True, kw_only=True):
+    """The form that an answer must have, after its thought.
+
+    kind: what `text` is, a JSON schema, a regular expression (Rust's, of the whole answer), a grammar in GBNF
+    or llguidance's variant of Lark, or one of tool calls: Lark that has `@content` for the grammar `content`.
+    is_lenient: what cannot be checked of a schema is not refused.
+    reserved_token_ids: tokens whose text nothing but they may make, in the thought neither they.
+    parameter: the request's field, for errors; line_parameters: that of each line of `text`, where they
+    differ.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "calls"]
     text: str
     is_lenient: bool = False
-    after_token_id: int | None = None
+    thought: Thought | None = None
+    content: Grammar | None = None
+    reserved_token_ids: tuple[int, ...] = ()
     parameter: str = "grammar"
+    line_parameters: tuple[str, ...] = ()

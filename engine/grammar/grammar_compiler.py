@@ -6,25 +6,27 @@ added to the vocabulary: `GrammarState` puts the request's stop tokens in its pl
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
-from tokenizers import Tokenizer
 
-from nybble.engine.checkpoint.vocabulary import count_token_ids
 from nybble.engine.errors import InvalidRequestError
 from nybble.engine.grammar.grammar import Grammar
-from nybble.engine.grammar.grammar_state import GrammarState, Numerals, summary
+from nybble.engine.grammar.grammar_state import GrammarState, summary
+from nybble.engine.grammar.grammar_tokens import GrammarTokens
 
 MAX_GRAMMAR_BYTES = 1 << 18
 MAX_SPACES = 32  # one after the other between the tokens of JSON: a model can be caught in endless ones
 
 _NUM_KEPT = 64  # grammars that stay compiled
-_END = "<|end of grammar|>"
 
 # Of the library's defaults, a fifth of the memory and work that are bounded here.
 _LIMITS = LLParserLimits(
@@ -32,17 +34,23 @@ _LIMITS = LLParserLimits(
 )
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a grammar, and the request's field that it is in."""
+
+    parameter: str
+    text: str
+
+
 class GrammarCompiler:
     """For a checkpoint's tokenizer, read when it is first needed. May be used from several threads."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._path = directory / "tokenizer.json"
         self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
-        self._num_token_ids = 0
-        self._numerals: Numerals | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher | str] = OrderedDict()  # or what is wrong with it
+        self._read: GrammarTokens | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher | _Fault] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> None:
         """Compile it, with the mask of its first token, unless it is. `start` says what is wrong with it."""
@@ -54,20 +62,18 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: the grammar is malformed, allows nothing or exceeds a limit.
         """
-        compiled = self._get(grammar)
-        if isinstance(compiled, str):
-            raise InvalidRequestError(f"{grammar.parameter}: {compiled}", grammar.parameter)
-        stops = [token_id for token_id in stop_token_ids if token_id < self._num_token_ids]
+        compiled, tokens = self._get(grammar), self._tokens()
+        if isinstance(compiled, _Fault) or tokens is None:
+            fault = compiled if isinstance(compiled, _Fault) else _no_tokens(grammar)
+            raise InvalidRequestError(f"{fault.parameter}: {fault.text}", fault.parameter)
+        stops = [token_id for token_id in stop_token_ids if token_id < tokens.num_token_ids]
         if not stops:
             raise InvalidRequestError(
                 f"{grammar.parameter}: the answer must be able to end with a stop token", grammar.parameter
             )
-        numerals = self._numerals if grammar.kind == "json_schema" else None
-        return GrammarState(
-            compiled.deep_copy(), grammar.after_token_id, stops, self._num_token_ids, numerals
-        )
+        return GrammarState(compiled.deep_copy(), grammar, stops, tokens)
 
-    def _get(self, grammar: Grammar) -> LLMatcher | str:
+    def _get(self, grammar: Grammar) -> LLMatcher | _Fault:
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -80,32 +86,47 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return compiled
 
-    def _compile(self, grammar: Grammar) -> LLMatcher | str:
-        if len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:
-            return f"longer than {MAX_GRAMMAR_BYTES} bytes"
-        tokenizer = self._read_tokenizer()
-        if tokenizer is None:
-            return "the checkpoint has no tokenizer.json"
+    def _compile(self, grammar: Grammar) -> LLMatcher | _Fault:
+        tokens = self._tokens()
+        if tokens is None:
+            return _no_tokens(grammar)
+        if _num_bytes(grammar) > MAX_GRAMMAR_BYTES:
+            return _Fault(grammar.parameter, f"longer than {MAX_GRAMMAR_BYTES} bytes")
+        if grammar.content is not None and isinstance(fault := self._get(grammar.content), _Fault):
+            return fault
         try:
             source = _source(grammar)
         except ValueError as error:
-            return f"malformed: {str(error)[:300]}"
-        matcher = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+            return _Fault(grammar.parameter, f"malformed: {str(error)[:300]}")
+        matcher = LLMatcher(tokens.matching, source, log_level=0, limits=_LIMITS)
         matcher.compute_bitmask()
         if matcher.is_error() or matcher.is_stopped():
-            return summary(matcher.get_error()) or "nothing is allowed by it"
+            return _located(grammar, summary(matcher.get_error()) or "nothing is allowed by it")
         return matcher
 
-    def _read_tokenizer(self) -> LLTokenizer | None:
-        path = self._directory / "tokenizer.json"
+    def _tokens(self) -> GrammarTokens | None:
+        """None for a checkpoint without tokenizer.json."""
         with self._loading:
-            if self._tokenizer is None and path.exists():
-                self._num_token_ids = count_token_ids(self._directory, 1 << 31)
-                tokenizer = Tokenizer.from_file(str(path))
-                self._numerals = _numerals(tokenizer)
-                tokenizer.add_special_tokens([_END])
-                self._tokenizer = LLTokenizer(tokenizer.to_str(), eos_token=tokenizer.token_to_id(_END))
-        return self._tokenizer
+            if self._read is None and self._path.exists():
+                self._read = GrammarTokens(self._path)
+        return self._read
+
+
+def _no_tokens(grammar: Grammar) -> _Fault:
+    return _Fault(grammar.parameter, "the checkpoint has no tokenizer.json")
+
+
+def _num_bytes(grammar: Grammar) -> int:
+    return len(grammar.text.encode()) + (_num_bytes(grammar.content) if grammar.content else 0)
+
+
+def _located(grammar: Grammar, error: str) -> _Fault:
+    """By the line that the library names, where lines are from different fields."""
+    found = re.match(r"at (\d+)\(\d+\): ", error)
+    index = int(found[1]) - 1 if found else -1
+    if found and 0 <= index < len(grammar.line_parameters):
+        return _Fault(grammar.line_parameters[index], error[found.end() :])
+    return _Fault(grammar.parameter, error)
 
 
 def _source(grammar: Grammar) -> str:
@@ -114,6 +135,8 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(_as_lark(grammar.text))
+    if grammar.kind == "calls":
+        return json.dumps({"grammars": list(_named(grammar))})
     return LLMatcher.grammar_from_json_schema(
         grammar.text,
         overrides={
@@ -127,12 +150,12 @@ def _source(grammar: Grammar) -> str:
     )
 
 
-def _numerals(tokenizer: Tokenizer) -> Numerals | None:
-    """None for a vocabulary without a letter of its own: numbers cannot be told from strings then."""
-    letter = tokenizer.token_to_id("x")
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    digits = frozenset(token_id for text, token_id in vocabulary.items() if text.isascii() and text.isdigit())
-    return Numerals(digits, letter) if digits and letter is not None else None
+def _named(grammar: Grammar) -> Iterator[dict[str, Any]]:
+    """The parts of one of tool calls, the main one first."""
+    yield {"name": "calls", "lark_grammar": grammar.text}
+    if grammar.content is not None:
+        (content,) = json.loads(_source(grammar.content))["grammars"]
+        yield content | {"name": "content"}
 
 
 def _as_lark(text: str) -> str:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nybble.engine.grammar.grammar_state import GrammarState
+from nybble.engine.grammar.token_words import words_of
 from nybble.engine.messages import SamplingParams
 from nybble.engine.sampling.thinking_limit import ThinkingLimit
 from nybble.engine.sampling.token_counts import TokenCounts
-
-_WORD = 32  # tokens in a word of a mask
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class LogitRules:
         if self._end_of_thought(drafts) is not None:
             return set()
         is_short = self._num_output_tokens + len(drafts) < self._min_tokens
-        stops = self._stop_ids if is_short or self._is_before_grammar(drafts) else set[int]()
+        stops = self._stop_ids if is_short else set[int]()
         if stops and self._grammar is not None and not self._grammar.leaves_some(stops, drafts):
             stops = set[int]()
         bad = self._bad_words.ends_after(drafts)
@@ -106,10 +105,6 @@ class LogitRules:
 
     def _end_of_thought(self, drafts: Sequence[int]) -> np.ndarray | None:
         return None if self._thinking is None else self._thinking.forced_words(drafts)
-
-    def _is_before_grammar(self, drafts: Sequence[int]) -> bool:
-        """Whether the part of the answer that has a grammar is still to come."""
-        return self._grammar is not None and not self._grammar.has_begun(drafts)
 
     def _leaves_some(self, banned: set[int], drafts: Sequence[int]) -> bool:
         if self._grammar is not None:
@@ -182,6 +177,4 @@ def _allowed_words(token_ids: Sequence[int] | None, num_token_ids: int) -> np.nd
     """int32 [ceil(num_token_ids / 32)]: a bit for each token, the lowest first."""
     if token_ids is None:
         return None
-    is_allowed = np.zeros(-(-num_token_ids // _WORD) * _WORD, dtype=np.uint8)
-    is_allowed[list(token_ids)] = 1
-    return np.packbits(is_allowed, bitorder="little").view("<i4")
+    return words_of(token_ids, -(-num_token_ids // 32))

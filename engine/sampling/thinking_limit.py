@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from msgspec import Struct
+
+from nybble.engine.grammar.token_words import Words, words_of
 
 _MAX_LEAD = 3  # tokens before one that opens a thought: white space
 
@@ -26,7 +27,7 @@ class ThinkingLimit:
 
     def __init__(self, budget: ThinkingBudget, num_token_ids: int) -> None:
         self._budget = budget
-        self._end_words = _only(budget.end_token_ids[0], num_token_ids)
+        self._end_words = words_of(budget.end_token_ids[:1], -(-num_token_ids // 32))
         self._num_before = 0  # tokens
         self._num_inside: int | None = 0 if budget.start_token_id is None else None
         self._is_over = False
@@ -44,7 +45,7 @@ class ThinkingLimit:
             self._num_inside += 1
             self._is_over = token_id in self._budget.end_token_ids
 
-    def forced_words(self, drafts: Sequence[int] = ()) -> np.ndarray | None:
+    def forced_words(self, drafts: Sequence[int] = ()) -> Words | None:
         """The mask of the token after `drafts` (see `LogitRules`) where it must be the end; else None."""
         if self._is_over or not self._is_due_after(drafts):
             return None
@@ -62,9 +63,3 @@ class ThinkingLimit:
             elif number >= _MAX_LEAD:
                 return False
         return num_inside is not None and num_inside >= self._budget.num_tokens
-
-
-def _only(token_id: int, num_token_ids: int) -> np.ndarray:
-    is_in = np.zeros(-(-num_token_ids // 32) * 32, dtype=np.uint8)
-    is_in[token_id] = 1
-    return np.packbits(is_in, bitorder="little").view("<i4")

@@ -14,7 +14,7 @@ from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.chat.thinking import ends_in_thought, has_thinking, template_options, thinking_budget
 from nybble.server.chat.tools import Tools, check_tools, offered_tools
 from nybble.server.errors import BadRequestError, UnprocessableError
-from nybble.server.requests.grammar_request import asked_grammar, thought_end
+from nybble.server.requests.grammar_request import asked_grammar, coming_thought
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
 from nybble.server.requests.schemas import ChatCompletionRequest, ChatMessage
@@ -158,5 +158,5 @@ def _sampling(
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_field="messages",
         length_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
-        grammar=asked_grammar(request, thought_end(model.tokenizer, prompt_token_ids)),
+        grammar=asked_grammar(request, coming_thought(model.tokenizer, prompt_token_ids)),
     )

@@ -14,7 +14,7 @@ import msgspec
 from nybble.engine.messages import SamplingParams
 from nybble.server.errors import BadRequestError
 from nybble.server.requests.completion_schemas import MAX_PROMPTS, CompletionRequest, Prompt
-from nybble.server.requests.grammar_request import asked_grammar, open_thought_end
+from nybble.server.requests.grammar_request import asked_grammar, open_thought
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
 from nybble.server.served_model import ServedModel
@@ -128,7 +128,7 @@ def _prepare(request: CompletionRequest, prompt: str | list[int], model: ServedM
         num_logprobs=request.logprobs,
         prompt_field="prompt",
         length_field="max_tokens",
-        grammar=asked_grammar(request, open_thought_end(tokenizer, token_ids)),
+        grammar=asked_grammar(request, open_thought(tokenizer, token_ids)),
     )
     text = prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)
     return PromptToComplete(token_ids, sampling, text if request.echo else "")

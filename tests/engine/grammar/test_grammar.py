@@ -16,7 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from nybble.engine.engine_config import EngineConfig, SpeculationConfig
 from nybble.engine.errors import InvalidRequestError
-from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar import Grammar, Thought
 from nybble.engine.grammar.grammar_state import GrammarState
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import Request, RequestFailed, TokenEvent
@@ -54,9 +54,9 @@ def asked(tokenizer: Tokenizer) -> list[Request]:
         "schema": Grammar(kind="json_schema", text=json.dumps(SCHEMA)),
         "regex": Grammar(kind="regex", text=bounded),
         "lark": Grammar(kind="lark", text='start: "yes" | "no" | "maybe" "!"~1..5'),
-        "thought": Grammar(kind="regex", text=bounded, after_token_id=thought),
+        "thought": Grammar(kind="regex", text=bounded, thought=Thought(end_token_id=thought)),
         "other": None,
-        "budget": Grammar(kind="regex", text=bounded, after_token_id=thought),
+        "budget": Grammar(kind="regex", text=bounded, thought=Thought(end_token_id=thought)),
     }
     budget = ThinkingBudget(num_tokens=5, end_token_ids=(thought,))
     bias = {"thought": ((thought, 9.0),)}  # else this model hardly ever ends one
@@ -187,13 +187,13 @@ def test_a_grammar_that_fails_ends_its_request_alone(
 
     num_masks = 0
 
-    def fails_at_the_third(state: GrammarState) -> Any:
+    def fails_at_the_third(state: GrammarState, tail: bytes) -> Any:
         nonlocal num_masks
         num_masks += 1
         if num_masks == 3:
             state.failure = "its grammar failed"
             return None
-        return mask(state)
+        return mask(state, tail)
 
     monkeypatch.setattr(GrammarState, "_mask", fails_at_the_third)
     engine = tiny_engine(tiny_config(checkpoint))

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
-from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar import Grammar, Thought
 from nybble.engine.grammar.grammar_compiler import GrammarCompiler
 from nybble.engine.grammar.grammar_state import MAX_DIGITS, GrammarState
 from nybble.engine.tokenizer import Tokenizer
@@ -143,15 +143,120 @@ def test_answers_to_schemas_without_bounds_are_valid(
 def test_a_grammar_begins_after_the_thought(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     end, thought = end_of(tokenizer), tokenizer.added_token_id("</think>")
     assert thought is not None
-    state = compiler.start(Grammar(kind="regex", text="ab", after_token_id=thought), (end,))
-    assert not state.has_begun() and state.allowed_words() is None
+    state = compiler.start(Grammar(kind="regex", text="ab", thought=Thought(end_token_id=thought)), (end,))
+    for drafts in ((), (ord("y"),)):
+        words = state.allowed_words(drafts)
+        assert words is not None and ids(words) == [
+            t for t in range(1000) if tokenizer.has_token_id(t) and t != end
+        ]
     state.append(ord("x"))
-    assert state.has_begun((ord("y"), thought)) and not state.has_begun((ord("y"),))
     found = state.allowed_words((ord("y"), thought, ord("a")))
     assert found is not None and ids(found) == [ord("b")]
     state.append(thought)
     found = state.allowed_words()
     assert found is not None and ids(found) == [ord("a")]
+
+
+def started(tokenizer: Tokenizer, compiler: GrammarCompiler, regex: str) -> tuple[GrammarState, int, int]:
+    """Of a model that may think or not: the state, and the tags of a thought."""
+    start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
+    thought = Thought(end_token_id=end, start_token_id=start)
+    state = compiler.start(Grammar(kind="regex", text=regex, thought=thought), (end_of(tokenizer),))
+    return state, start, end
+
+
+def allowed(state: GrammarState, drafts: Sequence[int] = ()) -> set[int]:
+    words = state.allowed_words(drafts)
+    assert words is not None and state.failure is None
+    return set(ids(words))
+
+
+SPACES = set(b" \n\r\t")
+
+
+def test_a_thought_may_be_left_out(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    state, start, _ = started(tokenizer, compiler, "ab")
+    assert allowed(state) == {start, ord("a")} | SPACES
+    state.append(ord("a"))
+    assert allowed(state) == {ord("b")}
+    state.append(ord("b"))
+    assert allowed(state) == {end_of(tokenizer)}
+
+
+def test_after_white_space_that_the_form_does_not_have_comes_a_thought(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    state, start, end = started(tokenizer, compiler, "ab|  x")
+    state.append(ord(" "))
+    assert allowed(state) == {start} | SPACES  # the second space may be one of the form's
+    state.append(ord("\n"))
+    assert allowed(state) == {start} | SPACES
+    state.append(ord(" "))
+    assert allowed(state) == {start}
+    state.append(start)
+    assert end in allowed(state) and end_of(tokenizer) not in allowed(state)
+    state.append(end)
+    assert allowed(state) == {ord("a"), ord(" ")}
+
+
+def test_white_space_of_the_form_is_no_start_of_a_thought(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    state, start, _ = started(tokenizer, compiler, " {2,4}x")
+    for _ in range(2):
+        assert start in allowed(state)
+        state.append(ord(" "))
+    assert allowed(state) == {start, ord("x")} | SPACES
+    state.append(ord("x"))
+    assert allowed(state) == {end_of(tokenizer)}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(drafts=st.lists(st.sampled_from([*b"ab \n", 272, 273]), max_size=5), num_taken=st.integers(0, 3))
+def test_drafts_at_the_start_are_as_their_tokens(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, drafts: list[int], num_taken: int
+) -> None:
+    state, start, end = started(tokenizer, compiler, "a? ?b*a")
+    drafts = [{272: start, 273: end}.get(t, t) for t in drafts]
+    plain, _, _ = started(tokenizer, compiler, "a? ?b*a")
+    taken = drafts[:num_taken]
+    for token_id in taken:
+        if token_id not in allowed(state):
+            return
+        state.append(token_id)
+        plain.append(token_id)
+    rest = drafts[num_taken:]
+    for count in range(len(rest) + 1):
+        assert allowed(state, rest[:count]) == allowed(plain)
+        if count == len(rest) or rest[count] not in allowed(plain):
+            return
+        plain.append(rest[count])
+
+
+def test_reserved_tags_are_not_spelled(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
+    grammar = Grammar(
+        kind="calls",
+        text=f"start: /(?s:.*)/ <[{start}]> @content",
+        content=Grammar(kind="json_schema", text='{"type": "string"}'),
+        reserved_token_ids=(start,),
+        thought=Thought(end_token_id=end),
+    )
+    state = compiler.start(grammar, (end_of(tokenizer),))
+    for part in (b"a<thin", b"<think", b'"<think'):
+        for byte in part:
+            assert byte in allowed(state)
+            state.append(byte)
+        assert ord("k") not in part[-1:] or ord(">") not in allowed(state)
+        assert ord(">") not in allowed(state) or part == b"a<thin"
+        if part == b"<think":
+            assert start in allowed(state)
+            state.append(start)
+        elif part == b"a<thin":
+            assert start not in allowed(state) and end in allowed(state)
+            assert ord(">") not in allowed(state, (ord("k"),))
+            state.append(end)
+    assert allowed(state, (ord("x"),)) >= {ord(">"), ord('"')}
 
 
 def test_the_end_comes_only_where_the_grammar_may_end(

@@ -101,7 +101,7 @@ def test_the_form_of_an_answer(
     for prompt in _prepare(model, prompt=["x", "y"], **fields).prompts:
         grammar = prompt.sampling.grammar
         assert (grammar and grammar.kind, grammar and grammar.text) == (kind, text)
-        assert grammar is None or grammar.after_token_id is None
+        assert grammar is None or grammar.thought is None
 
 
 def test_two_forms_are_refused(model: ServedModel) -> None:

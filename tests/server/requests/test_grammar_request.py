@@ -7,22 +7,23 @@ from typing import Any
 
 import pytest
 
-from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar import Grammar, Thought
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.chat.chat_request import parse_chat_request
 from nybble.server.errors import BadRequestError
-from nybble.server.requests.grammar_request import asked_grammar, open_thought_end, thought_end
+from nybble.server.requests.grammar_request import asked_grammar, coming_thought, open_thought
 
+THOUGHT = Thought(end_token_id=7)
 SCHEMA = {"type": "array"}
 
 
 def asked(**fields: Any) -> Grammar | None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]} | fields
-    return asked_grammar(parse_chat_request(json.dumps(body).encode()), after_token_id=7)
+    return asked_grammar(parse_chat_request(json.dumps(body).encode()), THOUGHT)
 
 
 def of(kind: Any, text: str, parameter: str, is_lenient: bool = False) -> Grammar:
-    return Grammar(kind=kind, text=text, parameter=parameter, is_lenient=is_lenient, after_token_id=7)
+    return Grammar(kind=kind, text=text, parameter=parameter, is_lenient=is_lenient, thought=THOUGHT)
 
 
 def json_schema(**fields: Any) -> dict[str, Any]:
@@ -98,7 +99,9 @@ def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
 def test_where_a_thought_comes_first(
     tokenizer: Tokenizer, prompt: str, may_begin_with_thought: bool, is_open: bool
 ) -> None:
-    (end,) = tokenizer.encode("</think>")
+    start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
     token_ids = tokenizer.encode(prompt)
-    assert open_thought_end(tokenizer, token_ids) == (end if is_open else None)
-    assert thought_end(tokenizer, token_ids) == (end if may_begin_with_thought else None)
+    opened = Thought(end_token_id=end) if is_open else None
+    left_open = opened or Thought(end_token_id=end, start_token_id=start)
+    assert open_thought(tokenizer, token_ids) == opened
+    assert coming_thought(tokenizer, token_ids) == (left_open if may_begin_with_thought else None)
