@@ -99,9 +99,7 @@ def _of_schema(
     schema: dict[str, Any] | str, parameter: str, thought: Thought | None, is_lenient: bool = False
 ) -> Grammar:
     text = schema if isinstance(schema, str) else json.dumps(schema)
-    return Grammar(
-        kind="json_schema", text=text, is_lenient=is_lenient, thought=thought, parameter=parameter
-    )
+    return Grammar(kind="json_schema", text=text, is_lenient=is_lenient, thought=thought, parameter=parameter)
 
 
 def _of_lark(text: str, parameter: str, thought: Thought | None) -> Grammar:
