@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from nybble.engine.errors import (
 )
 from nybble.server.access.access import Access
 from nybble.server.access.key_gate import KeyGate, visit_of
-from nybble.server.access.metered_engine import MeteredEngine, own_salt
+from nybble.server.access.metered_engine import AskedPrompt, MeteredEngine, own_salt
 from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.chat.completion import Completion
 from nybble.server.chat.replay_store import ReplayStore
@@ -95,9 +95,10 @@ class _API:
         prepared = await self._pool.run(
             lambda: prepare_chat_request(_own(parse_chat_request(body), request), self._model, self._replay)
         )
-        completion = Completion(
-            prepared, self._engine_for(request), self._model, self._config.prices, self._replay
-        )
+        sampling = prepared.sampling
+        prompt = AskedPrompt(prepared.prompt_token_ids, prepared.num_choices, sampling.max_tokens)
+        engine = self._engine_for(request, [prompt])
+        completion = Completion(prepared, engine, self._model, self._config.prices, self._replay)
         return await _run(request, completion, prepared.is_stream)
 
     async def completions(self, request: Request) -> Response:
@@ -105,7 +106,10 @@ class _API:
         job = await self._pool.run(
             lambda: prepare_completion_request(parse_completion_request(body), self._model)
         )
-        engine = self._engine_for(request)
+        prompts = [
+            AskedPrompt(one.token_ids, job.num_choices, one.sampling.max_tokens) for one in job.prompts
+        ]
+        engine = self._engine_for(request, prompts)
         completion = TextCompletionRun(job, engine, self._model, self._config.prices)
         return await _run(request, completion, job.is_stream)
 
@@ -117,10 +121,12 @@ class _API:
         body = await _read_body(request, self._config.max_body_bytes)
         return _json_response(await self._pool.run(lambda: detokenize(body, self._model)))
 
-    def _engine_for(self, request: Request) -> EngineClient:
-        """The engine, charged to whose request it is."""
+    def _engine_for(self, request: Request, prompts: Sequence[AskedPrompt]) -> EngineClient:
+        """The engine, charged to whose request it is. Raises TooManyRequestsError: its limits do not do."""
         visit = visit_of(request)
-        return MeteredEngine(self._engine, visit) if visit else self._engine
+        if visit is None:
+            return self._engine
+        return MeteredEngine(self._engine, visit, prompts, self._model.max_model_len)
 
     async def models(self, request: Request) -> Response:
         return _json_response(ModelList(data=[self._model_object()]))

@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from nybble.engine.errors import EngineDeadError
 from nybble.engine.garbage import settle
 from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.access.access import Access
-from nybble.server.access.api_keys import KeyFileError, read_keys
-from nybble.server.access.usage_ledger import UsageLedger
+from nybble.server.access.opened_access import opened_access
 from nybble.server.app import create_app
 from nybble.server.listening import bind, listen, tls_context, url_of
 from nybble.server.served_model import describe_model
@@ -116,7 +114,7 @@ async def prepared_server(
         NybbleError: the checkpoint or an option is bad.
     """
     context = tls_context(config.server)
-    with _opened_access(config.server) as access:
+    async with opened_access(config.server) as access:
         sock = bind(config.server)
         engine = SubprocessEngine(config.engine)
         try:
@@ -154,21 +152,6 @@ def _settings(app: Starlette, config: ServerConfig, context: ssl.SSLContext | No
         ssl_certfile=config.ssl_certfile,
         ssl_context_factory=(lambda *_: context) if context else None,
     )
-
-
-@contextmanager
-def _opened_access(config: ServerConfig) -> Generator[Access | None, None, None]:
-    """Raises NybbleError: the key file or the ledger is bad, or there is a ledger and no keys."""
-    if config.api_key_file is None:
-        if config.usage_ledger is not None:
-            raise KeyFileError("usage_ledger is given without api_key_file")
-        yield None
-        return
-    keys = read_keys(Path(config.api_key_file))
-    ledger_path = Path(config.usage_ledger or f"{config.api_key_file}.usage.jsonl")
-    with closing(UsageLedger(ledger_path)) as ledger:
-        logger.info("%d API keys in %s", len(keys), config.api_key_file)
-        yield Access(keys, ledger, config.prices)
 
 
 async def _load(engine: SubprocessEngine, checkpoint: Path) -> tuple[EngineReady, Tokenizer]:

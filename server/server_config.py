@@ -24,6 +24,9 @@ class ServerConfig:
             "help": "file that use is written to, by key (default: the key file's name and .usage.jsonl)"
         },
     )
+    max_failed_attempts: int = field(
+        default=20, metadata={"help": "unknown API keys an address may try within a minute; 0 is no limit"}
+    )
     allow_no_keys: bool = field(
         default=False, metadata={"help": "listen to other machines although there are no API keys"}
     )

@@ -6,7 +6,7 @@
     requests_per_minute = 60
 
 A key is 256 random bits, so that a plain hash of it cannot be searched for and needs no salt. To revoke one,
-delete its entry or set `enabled = false`, and start the server anew.
+delete its entry or set `enabled = false`; a server that runs takes note within seconds (`key_file.py`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,16 @@ class _KeyFile(Struct, frozen=True, forbid_unknown_fields=True):
 def read_keys(path: Path) -> list[APIKey]:
     """Raises KeyFileError: it names the file, and the field at fault."""
     try:
-        keys = msgspec.toml.decode(path.read_bytes(), type=_KeyFile).keys
-    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        return parse_keys(path.read_bytes(), path)
+    except OSError as error:
+        raise KeyFileError(f"{path}: {error}") from error
+
+
+def parse_keys(content: bytes, path: Path) -> list[APIKey]:
+    """The keys in what a file of that name holds. Raises KeyFileError as `read_keys` does."""
+    try:
+        keys = msgspec.toml.decode(content, type=_KeyFile).keys
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise KeyFileError(f"{path}: {error}") from error
     for field in ("name", "sha256"):
         values = [getattr(key, field) for key in keys]

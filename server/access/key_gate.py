@@ -7,7 +7,8 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nybble.server.access.access import Access, Visit
+from nybble.server.access.access import Access
+from nybble.server.access.visit import Visit
 from nybble.server.errors import APIError
 
 _OPEN_PATHS = frozenset({"/health"})
@@ -31,7 +32,7 @@ class KeyGate:
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            visit = self._access.enter(_authorization(scope))
+            visit = self._access.enter(_authorization(scope), _address(scope))
         except APIError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -54,3 +55,8 @@ def error_response(error: APIError) -> Response:
 
 def _authorization(scope: Scope) -> list[str]:
     return [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""

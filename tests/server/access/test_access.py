@@ -13,6 +13,7 @@ from nybble.server.access.access import Access
 from nybble.server.access.api_keys import APIKey
 from nybble.server.access.prices import Prices
 from nybble.server.access.usage_ledger import UsageLedger
+from nybble.server.access.visit import Visit
 from nybble.server.errors import APIError, ForbiddenError, TooManyRequestsError, UnauthorizedError
 
 DAY = 86400.0
@@ -103,9 +104,11 @@ def test_the_day_is_used_up_until_midnight(ledger: UsageLedger, clock: Clock, li
     access = Access([key("ann", **limit)], ledger, PRICES, clock, clock)
     clock.now += DAY - 90
     visit = access.enter(ANN)
-    visit.charge(num_prompt=20, num_completion=9)
-    access.leave(access.enter(ANN)) if "tokens_per_day" in limit else None
-    visit.charge(num_completion=1)
+    visit.charge_prompt(20, 20 - 4 * ("cost_per_day" in limit))
+    for _ in range(9):
+        visit.charge_token()
+    access.leave(access.enter(ANN))
+    visit.charge_token()
     error = refusal(access, *ANN)
     assert (error.code, error.headers()) == ("insufficient_quota", {"Retry-After": "90"})
     access.leave(visit)
@@ -119,9 +122,83 @@ def test_the_day_is_used_up_until_midnight(ledger: UsageLedger, clock: Clock, li
 def test_use_is_written_down(ledger: UsageLedger, clock: Clock) -> None:
     access = Access([key("ann")], ledger, PRICES, clock, clock)
     visit = access.enter(ANN)
-    visit.charge(20, 8, 1)
-    visit.charge(num_completion=2)
+    visit.charge_prompt(20, 8)
+    for _ in range(3):
+        visit.charge_token()
     access.leave(visit)
     access.leave(access.enter(ANN))  # has used nothing
     (use,) = ledger.sums(10).values()
     assert (use.tokens, use.cost) == (23, pytest.approx((12 * 1.0 + 8 * 0.25 + 3 * 10.0) / 1e6))
+
+
+def test_a_request_that_runs_past_midnight_counts_to_both_days(
+    ledger: UsageLedger, clock: Clock, tmp_path: Path
+) -> None:
+    """In memory and in the ledger alike, so that a restart changes nothing."""
+    keys = [key("ann", tokens_per_day=11)]
+    access = Access(keys, ledger, PRICES, clock, clock)
+    visit = access.enter(ANN)
+    visit.charge_prompt(10, 0)
+    clock.now += DAY
+    visit.charge_token()
+    access.leave(visit)
+    assert ledger.sums(11)["ann"].tokens == 1
+    assert '"prompt_tokens":10' in (tmp_path / "use-1970-01-11.jsonl").read_text()
+    for one in (access, Access(keys, ledger, PRICES, clock, clock)):
+        tried = one.enter(ANN)
+        assert isinstance(overdraft(tried, 11), TooManyRequestsError)
+        tried.reserve(10, 0)
+
+
+def overdraft(visit: Visit, num_tokens: int) -> APIError:
+    with pytest.raises(APIError) as caught:
+        visit.reserve(num_tokens, 0)
+    return caught.value
+
+
+def test_keys_are_replaced_while_requests_run(ledger: UsageLedger, clock: Clock) -> None:
+    access = Access([key("ann", concurrent_requests=1), key("bob")], ledger, PRICES, clock, clock)
+    running = access.enter(ANN)
+    access.replace_keys([key("carl"), key("ann", tokens_per_day=10)])
+    assert access.enter(["Bearer carl"]).name == "carl"
+    assert refusal(access, "Bearer bob").status == 401
+    access.leave(access.enter(ANN))  # its new limits, its old account
+    running.charge_prompt(10, 0)
+    assert refusal(access, *ANN).code == "insufficient_quota"
+    access.replace_keys([])
+    assert refusal(access, *ANN).status == 401
+    access.leave(running)
+    assert ledger.sums(10)["ann"].tokens == 10
+    access.replace_keys([key("ann", tokens_per_day=10)])  # gone and back, it has not forgotten
+    assert refusal(access, *ANN).code == "insufficient_quota"
+
+
+def test_a_key_that_comes_back_has_what_it_used_before_the_start(ledger: UsageLedger, clock: Clock) -> None:
+    first = Access([key("ann")], ledger, PRICES, clock, clock)
+    visit = first.enter(ANN)
+    visit.charge_prompt(10, 0)
+    first.leave(visit)
+    access = Access([], ledger, PRICES, clock, clock)
+    access.replace_keys([key("ann", tokens_per_day=10)])
+    assert refusal(access, *ANN).code == "insufficient_quota"
+    late = Access([], ledger, PRICES, clock, clock)
+    clock.now += DAY
+    late.replace_keys([key("ann", tokens_per_day=10)])
+    late.enter(ANN)
+
+
+def test_wrong_keys_are_counted_by_address(ledger: UsageLedger, clock: Clock) -> None:
+    access = Access([key("ann")], ledger, PRICES, clock, clock, max_failed_attempts=2)
+    for _ in range(3):  # no key at all is no guess
+        with pytest.raises(UnauthorizedError):
+            access.enter([], "10.0.0.1")
+    statuses = []
+    for _ in range(4):
+        with pytest.raises(APIError) as caught:
+            access.enter(["Bearer guess"], "10.0.0.1")
+        statuses.append(caught.value.status)
+    assert statuses == [401, 401, 429, 429]
+    with pytest.raises(TooManyRequestsError) as refused:  # not even a right guess is told
+        access.enter(ANN, "10.0.0.1")
+    assert refused.value.headers() == {"Retry-After": "60"}
+    access.enter(ANN, "10.0.0.2")
