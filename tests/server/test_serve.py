@@ -540,20 +540,28 @@ def test_two_nodes_end_with_a_killed_agent(node: int, tiny: Path, tmp_path: Path
 def test_keys_and_tls_from_the_command_to_the_answer(tiny: Path, tmp_path: Path) -> None:
     """On all addresses; what a key has used is remembered by the next server, though the first is killed."""
     keys, (certificate, private) = tmp_path / "keys.toml", write_certificate(tmp_path)
-    made: list[str | Path] = [NYBBLE, "key", "ann", "--file", keys, "--tokens-per-day", "20"]
+    made: list[str | Path] = [NYBBLE, "key", "ann", "--file", keys, "--tokens-per-day", "100"]
     key = subprocess.run(made, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout.strip()
-    options = ["--host", "0.0.0.0", "--api-key-file", str(keys)]
+    options = ["--host", "0.0.0.0", "--api-key-file", str(keys), "--served-model-name", "tiny"]
     options += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private)]
     trusted, headers = ssl.create_default_context(cafile=certificate), {"Authorization": f"Bearer {key}"}
-    for status in (200, 429):
-        process, log = _start(tiny, tmp_path, "--served-model-name", "tiny", *options)
+
+    def statuses(*lengths: int) -> list[int]:
+        """Of requests for answers of at most so many tokens, from a server that is then killed."""
+        process, log = _start(tiny, tmp_path, *options)
         url = _wait_until_listening(log, process).replace("0.0.0.0", "127.0.0.1")
         assert url.startswith("https://")
-        with httpx.Client(verify=trusted, base_url=url, timeout=DEADLINE) as client:
-            assert client.get("/health").status_code == 200
-            assert client.get("/v1/models").status_code == 401
-            answer = client.post("/v1/chat/completions", json=tiny_body(2), headers=headers)
-            assert answer.status_code == status
+        with httpx.Client(verify=trusted, base_url=url, timeout=DEADLINE, headers=headers) as client:
+            asked = [tiny_body(length, ignore_eos=True) for length in lengths]
+            answers = [client.post("/v1/chat/completions", json=body) for body in asked]
+            assert client.get("/health", headers={"Authorization": ""}).status_code == 200
+            assert client.get("/v1/models", headers={"Authorization": ""}).status_code == 401
         process.kill()
         process.wait(DEADLINE)
         assert "Traceback" not in log.read_text() and key not in log.read_text()
+        return [answer.status_code for answer in answers]
+
+    assert statuses(2) == [200]
+    num_prompt = json.loads((tmp_path / "keys.toml.usage.jsonl").read_text())["prompt_tokens"]
+    rest = 100 - (num_prompt + 2) - num_prompt
+    assert statuses(rest + 1, rest, 1) == [429, 200, 429]
