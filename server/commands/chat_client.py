@@ -38,6 +38,20 @@ class Speed:
         )
 
 
+@dataclass(frozen=True)
+class Thought:
+    """A piece of what the model thinks before its answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A piece of what it says."""
+
+    text: str
+
+
 class ChatClient:
     """Talks to one server. `url` is its root, such as http://127.0.0.1:8000."""
 
@@ -59,8 +73,10 @@ class ChatClient:
         with self._understood(), self._request("GET", "/v1/models") as response:
             return str(json.load(response)["data"][0]["id"])
 
-    def stream(self, model: str, messages: Messages, temperature: float | None) -> Iterator[str]:
-        """The answer piece by piece; `speed` is set at its end. Raises ChatClientError."""
+    def stream(
+        self, model: str, messages: Messages, temperature: float | None
+    ) -> Iterator[Thought | Answer]:
+        """Thought and answer piece by piece; `speed` is set at the end. Raises ChatClientError."""
         body: dict[str, Any] = {
             "model": model,
             "messages": messages,
@@ -74,9 +90,9 @@ class ChatClient:
             for chunk in _events(response):
                 usage = chunk.get("usage") or usage
                 for choice in chunk["choices"]:
-                    text = choice["delta"].get("content") or ""
-                    first = first or (time.perf_counter() if text else None)
-                    yield text
+                    for piece in _pieces(choice["delta"]):
+                        first = first or time.perf_counter()
+                        yield piece
         end = time.perf_counter()
         self.speed = Speed(
             num_prompt_tokens=usage.get("prompt_tokens", 0),
@@ -112,6 +128,14 @@ class ChatClient:
             raise ChatClientError(f"{self._url}: the answer broke off: {error!r}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ChatClientError(f"{self._url}: the answer is not the chat API's: {error!r}") from error
+
+
+def _pieces(delta: dict[str, Any]) -> Iterator[Thought | Answer]:
+    """By either name of a thought: servers use one or both."""
+    if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+        yield Thought(thought)
+    if text := delta.get("content"):
+        yield Answer(text)
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import glm_template
 import pytest
+from tiny_glm import make_checkpoint
+from tiny_tokenizer import write_tokenizer
 
 from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
 from nybble.server.llm import LLM
 from nybble.server.requests.sampling_options import SamplingOptions
+from nybble.server.served_model import ServedModel
 
 GREEDY = SamplingOptions(temperature=0.0, max_tokens=16)
 
@@ -91,6 +95,41 @@ def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
 def test_one_text_is_one_prompt_and_one_stop_string(llm: LLM) -> None:
     (answer,) = llm.generate("1, 2, 3, 4,", GREEDY, stop=" 6")
     assert answer.text == " 5,"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model with GLM-4.7's tags and template."""
+    directory = tmp_path_factory.mktemp("thinker")
+    make_checkpoint(directory, vocab_size=320)
+    special = (*glm_template.SPECIAL_TOKENS, "<|end|>")
+    write_tokenizer(directory, glm_template.TEMPLATE, special, glm_template.TEXT_TOKENS)
+    cache = CacheConfig(kv_cache_memory=0.01)
+    return LLM(EngineConfig(checkpoint=str(directory), device="cpu", max_model_len=256, cache=cache))
+
+
+def test_a_chats_thought_is_apart_from_its_answer(thinker: LLM, glm: ServedModel) -> None:
+    question = [{"role": "user", "content": "hi"}]
+    end = glm.tokenizer.encode("</think>")
+    options = SamplingOptions(
+        max_tokens=30, seed=1, n=4, allowed_token_ids=[*b"ab", *end], logit_bias={end[0]: 1.0}
+    )
+    answers = thinker.chat([question], options)
+    assert any(answer.text and answer.reasoning for answer in answers)
+    for answer in answers:
+        thought, _, rest = glm.tokenizer.decode(answer.token_ids).partition("</think>")
+        while rest.startswith("</think>"):  # said again
+            rest = rest.removeprefix("</think>")
+        assert (answer.reasoning, answer.text) == (thought, rest)
+    prompt = glm.tokenizer.encode_chat(question).token_ids
+    texts = [(text.reasoning, text.text) for text in thinker.generate([prompt], options)]
+    assert texts == [("", glm.tokenizer.decode(answer.token_ids)) for answer in answers]
+
+
+def test_a_length_reached_in_a_thought_leaves_no_answer(thinker: LLM) -> None:
+    options = SamplingOptions(max_tokens=5, allowed_token_ids=[*b"a"])
+    (answer,) = thinker.chat([[{"role": "user", "content": "hi"}]], options)
+    assert (answer.reasoning, answer.text, answer.finish_reason) == ("aaaaa", "", "length")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from scripted_engine import ScriptedEngine
 
 from nybble.engine.errors import EngineDeadError
 from nybble.server.app import create_app
-from nybble.server.commands.chat_client import ChatClient, ChatClientError, Speed
+from nybble.server.commands.chat_client import Answer, ChatClient, ChatClientError, Speed, Thought
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 
@@ -26,14 +26,22 @@ def server() -> Iterator[CannedServer]:
         yield server
 
 
-def _stream(server: CannedServer, *answers: bytes) -> list[str]:
+def _stream(server: CannedServer, *answers: bytes) -> list[Thought | Answer]:
     server.answers += answers
     return list(ChatClient(server.url).stream("tiny", QUESTION, None))
 
 
 def test_the_pieces_of_an_answer(server: CannedServer) -> None:
     pieces = _stream(server, response(events(*text_chunks("a", "é\n", "b"))))
-    assert [piece for piece in pieces if piece] == ["a", "é\n", "b"]
+    assert pieces == [Answer("a"), Answer("é\n"), Answer("b")]
+
+
+def test_thoughts_by_either_name_or_both() -> None:
+    with canned_server() as server:
+        deltas = [{"reasoning_content": "a", "reasoning": "a"}, {"reasoning": "b"}, {"content": "c"}]
+        chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        pieces = _stream(server, response(events(*chunks)))
+    assert pieces == [Thought("a"), Thought("b"), Answer("c")]
 
 
 def test_the_model_name(server: CannedServer) -> None:
@@ -123,7 +131,7 @@ def test_a_stream_that_breaks_off(
 def test_pieces_before_the_break_are_given(server: CannedServer) -> None:
     server.answers = [response(events(*text_chunks("a"), done=False))]
     pieces = ChatClient(server.url).stream("tiny", QUESTION, None)
-    assert [next(pieces), next(pieces)] == ["", "a"]
+    assert next(pieces) == Answer("a")
     with pytest.raises(ChatClientError, match="broke off"):
         list(pieces)
 
@@ -199,7 +207,8 @@ def test_the_server_answers_it(model: ServedModel, end_id: int) -> None:
     with _serving(ScriptedEngine([*"hé".encode(), end_id]), model) as url:
         client = ChatClient(url)
         assert client.model_name() == "tiny"
-        assert "".join(client.stream("tiny", QUESTION, 0.0)) == "hé"
+        pieces = client.stream("tiny", QUESTION, 0.0)
+        assert "".join(piece.text for piece in pieces) == "hé"
         assert client.speed is not None
         assert (client.speed.num_prompt_tokens, client.speed.num_tokens) == (4, 4)
 
@@ -213,14 +222,14 @@ def test_the_server_refuses_it(model: ServedModel) -> None:
 
 
 def test_the_servers_engine_dies(model: ServedModel) -> None:
-    pieces = []
+    pieces: list[Thought | Answer] = []
     with (
         _serving(ScriptedEngine([65, EngineDeadError("the engine stopped")]), model) as url,
         pytest.raises(ChatClientError, match=r"^the engine stopped$"),
     ):
         for piece in ChatClient(url).stream("tiny", QUESTION, None):
             pieces.append(piece)
-    assert "".join(pieces) == "A"
+    assert pieces == [Answer("A")]
 
 
 _CHUNKED = "Transfer-Encoding: chunked"

@@ -67,6 +67,40 @@ def test_a_conversation_remembers(server: CannedServer, monkeypatch: pytest.Monk
     assert "A2\n[" in printed
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _thinking_answer(field: str) -> bytes:
+    deltas = [{field: "Let me "}, {field: "see."}, {"content": "Par"}, {"content": "is."}]
+    return response(events(*({"choices": [{"index": 0, "delta": delta}]} for delta in deltas)))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_terminal_shows_thoughts_dim(server: CannedServer, field: str) -> None:
+    server.answers = [_thinking_answer(field)] * 2
+    terminal, file = _Terminal(), io.StringIO()
+    ask(ChatClient(server.url), "Capital of France?", None, terminal)
+    assert terminal.getvalue().startswith("\x1b[2mLet me see.\x1b[0m\n\nParis.\n[")
+    ask(ChatClient(server.url), "Capital of France?", None, file)
+    assert file.getvalue().startswith("Paris.\n[")
+
+
+def test_a_thought_that_never_ends_is_not_dim_for_ever(server: CannedServer) -> None:
+    server.answers = [response(events({"choices": [{"index": 0, "delta": {"reasoning": "Hm"}}]}))]
+    terminal = _Terminal()
+    ask(ChatClient(server.url), "?", None, terminal)
+    assert terminal.getvalue().startswith("\x1b[2mHm\x1b[0m\n\n\n[")
+
+
+def test_thoughts_go_back_with_their_turns(server: CannedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers = [_thinking_answer("reasoning_content"), _answer("A2")]
+    _converse(server, monkeypatch, "Q1\nQ2\n")
+    turn = {"role": "assistant", "content": "Paris.", "reasoning_content": "Let me see."}
+    assert server.requests[1]["messages"][1] == turn
+
+
 def test_new_starts_over(server: CannedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.answers = [_answer("A1"), _answer("A2")]
     _converse(server, monkeypatch, "Q1\n/new\nQ2\n")
