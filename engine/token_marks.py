@@ -21,6 +21,7 @@ class TokenMarks:
     def __init__(self, names: Iterable[str]) -> None:
         names = {name for name in names if len(name) > 1}
         self.mark = f"{secrets.randbits(128):039}"  # digits: no name begins or ends with one
+        self.end = f"{secrets.randbits(128):039}"  # for the end of a message
         self._pattern = _pattern(names)
         # A template may look for a thought in an assistant's content.
         self._answer_pattern = _pattern(names - _THOUGHT_TAGS)

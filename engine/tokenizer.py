@@ -26,6 +26,10 @@ class ChatTemplateError(NybbleError):
     """The chat template cannot render these messages."""
 
 
+class ContinuationError(ChatTemplateError):
+    """The chat template cannot render the last message so that it can be gone on with."""
+
+
 @dataclass(frozen=True)
 class ChatPrompt:
     """A rendered chat, and its tokens."""
@@ -92,19 +96,29 @@ class Tokenizer:
         options: Mapping[str, bool] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> ChatPrompt:
         """The rendered prompt, of which special tokens are only those that the template itself writes.
 
         What messages and tools hold is text, whatever it looks like, but for a switch that the template
         looks for in it (/nothink) and the tags of a thought in an assistant's content. Arguments and errors
         are those of `render_chat` and `encode`.
+
+        continue_final_message: the prompt ends with the content of the last message, to go on with it.
+        Raises ContinuationError if the template does not show its end, or shows it more than once.
         """
         marks = TokenMarks(self._reserved_names)
         marked_messages = marks.mark_messages(messages)
         marked_tools = [marks.mark_value(tool) for tool in tools]
+        if continue_final_message:
+            marked_messages[-1]["content"] += marks.end
         text = self.render_chat(
             marked_messages, marked_tools, options, add_generation_prompt=add_generation_prompt
         )
+        if continue_final_message:
+            text, *rest = text.split(marks.end)
+            if len(rest) != 1:
+                raise ContinuationError("the chat template does not show the end of the last message once")
         plain = text.replace(marks.mark, "")
         if plain == text:
             return ChatPrompt(text, self.encode(text))

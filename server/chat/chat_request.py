@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from nybble.engine.messages import SamplingParams
-from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError
+from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError, ContinuationError
 from nybble.server.chat.chat_messages import template_messages
 from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.chat.thinking import ends_in_thought, has_thinking, template_options, thinking_budget
@@ -63,8 +63,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Decode and check types, ranges and support; BadRequestError names the field."""
     request = decode_body(body, _decoder)
     check_supported(request, _UNSUPPORTED)
-    check_messages(request.messages)
-    check_tools(request)
+    check_chat(request)
     _check_combinations(request)
     return request
 
@@ -81,7 +80,7 @@ def prepare_chat_request(
     """
     model.check_name(request.model)
     tools = offered_tools(request, model.tokenizer)
-    prompt = prompt_of(request.messages, model, template_options(request), tools)
+    prompt = chat_prompt(request, model, tools)
     cache_salt = request.cache_salt or ""
     prompt_token_ids = prompt.token_ids
     if replay is not None:
@@ -107,26 +106,40 @@ def prepare_chat_request(
     )
 
 
-def prompt_of(
-    messages: Sequence[ChatMessage],
-    model: ServedModel,
-    options: Mapping[str, bool],
-    tools: Tools | None = None,
-    *,
-    add_generation_prompt: bool = True,
-) -> ChatPrompt:
+def chat_prompt(request: ChatCompletionRequest, model: ServedModel, tools: Tools | None) -> ChatPrompt:
     """The prompt by the chat template. Raises UnprocessableError: it refuses the messages."""
-    plain = template_messages(messages)
-    definitions = tools.definitions if tools else ()
+    continues = bool(request.continue_final_message)
     try:
         return model.tokenizer.encode_chat(
-            plain, definitions, options, add_generation_prompt=add_generation_prompt
+            template_messages(request.messages),
+            tools.definitions if tools else (),
+            template_options(request),
+            add_generation_prompt=not continues and request.add_generation_prompt is not False,
+            continue_final_message=continues,
         )
+    except ContinuationError as error:
+        raise UnprocessableError(str(error), "continue_final_message") from error
     except ChatTemplateError as error:
         raise UnprocessableError(str(error), "messages") from error
 
 
-def check_messages(messages: Sequence[ChatMessage]) -> None:
+def check_chat(request: ChatCompletionRequest) -> None:
+    """Refuse messages and tools that no prompt can be made of; BadRequestError names the field."""
+    _check_messages(request.messages)
+    check_tools(request)
+    if request.continue_final_message:
+        _check_continuation(request)
+
+
+def _check_continuation(request: ChatCompletionRequest) -> None:
+    name, last = "continue_final_message", request.messages[-1]
+    if request.add_generation_prompt:
+        raise BadRequestError(f"{name}: not together with add_generation_prompt", name)
+    if last.role != "assistant" or last.tool_calls:
+        raise BadRequestError(f"{name}: the last message must be an assistant's without tool calls", name)
+
+
+def _check_messages(messages: Sequence[ChatMessage]) -> None:
     """Refuse what messages may hold and is not supported."""
     for index, message in enumerate(messages):
         for field in ("audio", "function_call"):

@@ -73,9 +73,7 @@ class ChatClient:
         with self._understood(), self._request("GET", "/v1/models") as response:
             return str(json.load(response)["data"][0]["id"])
 
-    def stream(
-        self, model: str, messages: Messages, temperature: float | None
-    ) -> Iterator[Thought | Answer]:
+    def stream(self, model: str, messages: Messages, temperature: float | None) -> Iterator[Thought | Answer]:
         """Thought and answer piece by piece; `speed` is set at the end. Raises ChatClientError."""
         body: dict[str, Any] = {
             "model": model,

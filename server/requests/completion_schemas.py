@@ -17,6 +17,7 @@ from nybble.server.requests.schemas import (
     StreamOptions,
     TemplateOptions,
     Timings,
+    ToolDefinitions,
     Usage,
 )
 
@@ -87,11 +88,11 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    tools: ToolDefinitions | None = None
     # Not honoured, as above.
     chat_template: Any = None
-    continue_final_message: bool | None = None
-    tools: Any = None
 
 
 class TokenizeAnswer(Struct, frozen=True):

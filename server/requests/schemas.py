@@ -19,6 +19,7 @@ MAX_TOOLS = 512
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
+ToolDefinitions = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]  # each a Tool
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -109,11 +110,13 @@ class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     reasoning: ReasoningOptions | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: ThinkingOptions | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None  # each a Tool
+    tools: ToolDefinitions | None = None
     parallel_tool_calls: bool | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None

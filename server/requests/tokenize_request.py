@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from nybble.server.chat.chat_request import check_messages, prompt_of
+from nybble.server.chat.chat_request import chat_prompt, check_chat
+from nybble.server.chat.tools import offered_tools
 from nybble.server.errors import BadRequestError
 from nybble.server.requests.completion_schemas import (
     DetokenizeAnswer,
@@ -13,6 +14,7 @@ from nybble.server.requests.completion_schemas import (
     TokenizeRequest,
 )
 from nybble.server.requests.request_body import check_supported, decode_body
+from nybble.server.requests.schemas import ChatCompletionRequest
 from nybble.server.served_model import ServedModel
 
 _tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
@@ -20,8 +22,6 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
-    "continue_final_message": (False,),
-    "tools": ([],),
 }
 
 
@@ -54,10 +54,13 @@ def _token_ids(request: TokenizeRequest, model: ServedModel) -> tuple[int, ...]:
     if request.messages is None:
         has_added = request.add_special_tokens is not False
         return model.tokenizer.encode(request.prompt or "", add_special_tokens=has_added)
-    check_messages(request.messages)
-    asked = request.chat_template_kwargs
-    options = (
-        {} if asked is None else {k: v for k, v in msgspec.structs.asdict(asked).items() if v is not None}
+    chat = ChatCompletionRequest(
+        model=model.name,
+        messages=request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        chat_template_kwargs=request.chat_template_kwargs,
+        tools=request.tools,
     )
-    begun = request.add_generation_prompt is not False
-    return prompt_of(request.messages, model, options, add_generation_prompt=begun).token_ids
+    check_chat(chat)
+    return chat_prompt(chat, model, offered_tools(chat, model.tokenizer)).token_ids

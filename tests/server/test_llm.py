@@ -12,9 +12,9 @@ from tiny_tokenizer import write_tokenizer
 
 from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.errors import ContextLengthError, InvalidRequestError
+from nybble.engine.tokenizer import Tokenizer
 from nybble.server.llm import LLM
 from nybble.server.requests.sampling_options import SamplingOptions
-from nybble.server.served_model import ServedModel
 
 GREEDY = SamplingOptions(temperature=0.0, max_tokens=16)
 
@@ -98,32 +98,38 @@ def test_one_text_is_one_prompt_and_one_stop_string(llm: LLM) -> None:
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+def thinking_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with GLM-4.7's tags and template."""
     directory = tmp_path_factory.mktemp("thinker")
     make_checkpoint(directory, vocab_size=320)
     special = (*glm_template.SPECIAL_TOKENS, "<|end|>")
     write_tokenizer(directory, glm_template.TEMPLATE, special, glm_template.TEXT_TOKENS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def thinker(thinking_checkpoint: Path) -> LLM:
     cache = CacheConfig(kv_cache_memory=0.01)
-    return LLM(EngineConfig(checkpoint=str(directory), device="cpu", max_model_len=256, cache=cache))
-
-
-def test_a_chats_thought_is_apart_from_its_answer(thinker: LLM, glm: ServedModel) -> None:
-    question = [{"role": "user", "content": "hi"}]
-    end = glm.tokenizer.encode("</think>")
-    options = SamplingOptions(
-        max_tokens=30, seed=1, n=4, allowed_token_ids=[*b"ab", *end], logit_bias={end[0]: 1.0}
+    return LLM(
+        EngineConfig(checkpoint=str(thinking_checkpoint), device="cpu", max_model_len=256, cache=cache)
     )
+
+
+def test_a_chats_thought_is_apart_from_its_answer(thinker: LLM, thinking_checkpoint: Path) -> None:
+    tokenizer = Tokenizer(thinking_checkpoint)
+    question = [{"role": "user", "content": "hi"}]
+    end = tokenizer.encode("</think>")
+    options = SamplingOptions(max_tokens=12, seed=1, n=4, temperature=2.0, allowed_token_ids=[*b"ab", *end])
     answers = thinker.chat([question], options)
     assert any(answer.text and answer.reasoning for answer in answers)
     for answer in answers:
-        thought, _, rest = glm.tokenizer.decode(answer.token_ids).partition("</think>")
+        thought, _, rest = tokenizer.decode(answer.token_ids).partition("</think>")
         while rest.startswith("</think>"):  # said again
             rest = rest.removeprefix("</think>")
         assert (answer.reasoning, answer.text) == (thought, rest)
-    prompt = glm.tokenizer.encode_chat(question).token_ids
+    prompt = tokenizer.encode_chat(question).token_ids
     texts = [(text.reasoning, text.text) for text in thinker.generate([prompt], options)]
-    assert texts == [("", glm.tokenizer.decode(answer.token_ids)) for answer in answers]
+    assert texts == [("", tokenizer.decode(answer.token_ids)) for answer in answers]
 
 
 def test_a_length_reached_in_a_thought_leaves_no_answer(thinker: LLM) -> None:

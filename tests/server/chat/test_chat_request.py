@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizer import write_tokenizer
 
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.chat.chat_request import ChatRequest, parse_chat_request, prepare_chat_request
@@ -585,3 +588,55 @@ def test_tools_are_shown_to_the_model_unless_none_may_be_called(glm: ServedModel
     without = _prepare(glm, tools=tools, tool_choice="none")
     assert without.tools is None
     assert without.prompt_token_ids == _prepare(glm).prompt_token_ids
+
+
+THOUGHTFUL = {"role": "assistant", "content": " So <|user|> is ", "reasoning_content": "Hm."}
+
+
+@pytest.mark.parametrize(
+    ("last", "wanted"),
+    [
+        (THOUGHTFUL, "<|assistant|><think>Hm.</think>So <|user|> is "),
+        ({"role": "assistant", "content": "a"}, "<|assistant|></think>a"),
+        ({"role": "assistant", "reasoning": "Hm."}, "<|assistant|><think>Hm.</think>"),
+    ],
+)
+def test_the_last_message_is_gone_on_with(glm: ServedModel, last: dict[str, Any], wanted: str) -> None:
+    messages = [{"role": "user", "content": "hi"}, last]
+    prepared = _prepare(glm, messages=messages, continue_final_message=True, add_generation_prompt=False)
+    assert glm.tokenizer.decode(prepared.prompt_token_ids) == f"[gMASK]<sop><|user|>hi{wanted}"
+    (user,) = glm.tokenizer.encode("<|user|>")
+    assert prepared.prompt_token_ids.count(user) == 1  # what messages hold stays text
+    assert not prepared.is_thinking
+
+
+def test_a_prompt_without_the_beginning_of_a_turn(glm: ServedModel) -> None:
+    prepared = _prepare(glm, add_generation_prompt=False)
+    assert glm.tokenizer.decode(prepared.prompt_token_ids) == "[gMASK]<sop><|user|>hi"
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields"),
+    [
+        ([{"role": "user", "content": "hi"}], {}),
+        ([{"role": "assistant", "content": "hi"}], {"add_generation_prompt": True}),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], {}),
+    ],
+)
+def test_what_cannot_be_gone_on_with(messages: list[dict[str, Any]], fields: dict[str, bool]) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_chat_request(_body(messages=messages, continue_final_message=True, **fields))
+    assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    "shown", ["", "{{ message.content[:3] }}", "{{ message.content }}{{ message.content }}"]
+)
+def test_a_template_that_does_not_show_the_last_message(
+    model: ServedModel, tmp_path: Path, shown: str
+) -> None:
+    write_tokenizer(tmp_path, "{% for message in messages %}" + shown + "{% endfor %}")
+    other = replace(model, tokenizer=Tokenizer(tmp_path))
+    with pytest.raises(UnprocessableError) as caught:
+        _prepare(other, messages=[{"role": "assistant", "content": "hello"}], continue_final_message=True)
+    assert caught.value.param == "continue_final_message"

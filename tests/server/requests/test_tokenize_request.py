@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.errors import APIError, BadRequestError, NotFoundError
 from nybble.server.requests.tokenize_request import detokenize, tokenize
 from nybble.server.served_model import ServedModel
@@ -35,6 +36,24 @@ def test_messages(model: ServedModel, begun: bool | None) -> None:
     assert answer.tokens == list(model.tokenizer.encode(wanted))
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [TOOL]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"add_generation_prompt": False},
+        {"messages": [USER, {"role": "assistant", "content": "so"}], "continue_final_message": True},
+    ],
+)
+def test_the_tokens_of_a_chat_are_those_that_run(glm: ServedModel, fields: dict[str, Any]) -> None:
+    body = _body(**{"model": "tiny", "messages": [USER]} | fields)
+    asked = prepare_chat_request(parse_chat_request(body), glm)
+    assert tuple(tokenize(body, glm).tokens) == asked.prompt_token_ids
+
+
 @pytest.mark.parametrize("text", ["", "a hello", "naïve 😀<|end|>"])
 def test_there_and_back(model: ServedModel, text: str) -> None:
     tokens = tokenize(_body(prompt=text), model).tokens
@@ -45,6 +64,8 @@ def test_there_and_back(model: ServedModel, text: str) -> None:
     ("fields", "param"),
     [
         ({}, "prompt"),
+        ({"messages": [USER], "tools": [TOOL]}, "tools"),
+        ({"messages": [USER], "tools": [{"type": "x"}]}, "tools[0].type"),
         ({"prompt": "a", "messages": [USER]}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"messages": []}, "messages"),
