@@ -13,7 +13,11 @@
     void nybble_merge_softmax_##level(const struct nybble_softmax *total, const struct nybble_softmax *next,          \
                                       int num_queries, int64_t width);                                                \
     struct nybble_pick nybble_largest_##level(const float *x, int64_t first, int64_t end);                            \
-    struct nybble_pick nybble_draw_largest_##level(const struct nybble_draw *draw, struct nybble_pick best);
+    struct nybble_pick nybble_draw_largest_##level(const struct nybble_draw *draw, struct nybble_pick best);          \
+    void nybble_write_activations_##level(int64_t kind, const float *x, int64_t columns, void *activations);          \
+    void nybble_multiply_##level(const struct nybble_multiplication *multiplication);                                 \
+    void nybble_silu_multiply_##level(const float *gate, const float *up, int64_t n, float *out);                     \
+    void nybble_sigmoid_##level(float *x, int64_t n);
 
 NYBBLE_DECLARE_LEVEL(portable)
 NYBBLE_DECLARE_LEVEL(avx2)

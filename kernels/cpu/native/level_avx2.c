@@ -6,4 +6,8 @@ const struct nybble_kernels nybble_kernels_avx2 = {
     .merge_softmax = nybble_merge_softmax_avx2,
     .largest = nybble_largest_avx2,
     .draw_largest = nybble_draw_largest_avx2,
+    .write_activations = nybble_write_activations_avx2,
+    .multiply = nybble_multiply_avx2,
+    .silu_multiply = nybble_silu_multiply_avx2,
+    .sigmoid = nybble_sigmoid_avx2,
 };

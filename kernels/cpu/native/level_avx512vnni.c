@@ -6,4 +6,8 @@ const struct nybble_kernels nybble_kernels_avx512vnni = {
     .merge_softmax = nybble_merge_softmax_avx512vnni,
     .largest = nybble_largest_avx512vnni,
     .draw_largest = nybble_draw_largest_avx512vnni,
+    .write_activations = nybble_write_activations_avx512vnni,
+    .multiply = nybble_multiply_avx512vnni,
+    .silu_multiply = nybble_silu_multiply_avx512vnni,
+    .sigmoid = nybble_sigmoid_avx512vnni,
 };

@@ -33,6 +33,7 @@ struct nybble_pick {
     double value;
     int64_t column;
 };
+struct nybble_multiplication;
 
 /* What a level does in its own way. One constant table for each level, in level_LEVEL.c. */
 struct nybble_kernels {
@@ -53,6 +54,15 @@ struct nybble_kernels {
 
     /* The largest of the columns of a draw after noise, or `best`, if it is that. */
     struct nybble_pick (*draw_largest)(const struct nybble_draw *draw, struct nybble_pick best);
+
+    /* matrix.h: x [columns] as activations of a kind of matrix, the last block padded with zeros. */
+    void (*write_activations)(int64_t kind, const float *x, int64_t columns, void *activations);
+    /* matrix.h */
+    void (*multiply)(const struct nybble_multiplication *multiplication);
+
+    /* out [n] = silu(gate) * up; x [n] = sigmoid(x). */
+    void (*silu_multiply)(const float *gate, const float *up, int64_t n, float *out);
+    void (*sigmoid)(float *x, int64_t n);
 };
 
 /* Of all source files, as scripts/native_build.py computes it. */

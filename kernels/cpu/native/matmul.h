@@ -1,0 +1,62 @@
+/* What the files matmul_LEVEL.c share. */
+
+#ifndef NYBBLE_MATMUL_H
+#define NYBBLE_MATMUL_H
+
+#include "level.h"
+#include "matrix.h"
+
+#include <string.h>
+
+/* 16 rows of a matrix. */
+struct tile {
+    const uint8_t *codes;
+    const uint8_t *scales;
+    const float *row_scales;
+    int64_t num_blocks;
+};
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Twice the values of E2M1 codes, plus 12 so that none is negative. */
+#define E2M1_PLUS_12 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
+
+/* A function NAME_tile of 1 to 4, or 8, tokens, made of BODY(tile, products, num_tokens, values), which is compiled for
+   each number of tokens, so that its sums are in registers. */
+#define ARGUMENTS                                                                                                      \
+    const struct tile *tile, const struct nybble_product *products, const int num_tokens,                            \
+        float (*values)[NYBBLE_TILE_ROWS]
+#define CASE(body, n)                                                                                                  \
+    case n:                                                                                                            \
+        body(tile, products, n, values);                                                                               \
+        break;
+#define TILE_OF_4(name, body)                                                                                          \
+    static void name##_tile(ARGUMENTS)                                                                                 \
+    {                                                                                                                  \
+        switch (num_tokens) {                                                                                          \
+            CASE(body, 1) CASE(body, 2) CASE(body, 3) CASE(body, 4)                                                    \
+        }                                                                                                              \
+    }
+#define TILE_OF_8(name, body)                                                                                          \
+    static void name##_tile(ARGUMENTS)                                                                                 \
+    {                                                                                                                  \
+        switch (num_tokens) {                                                                                          \
+            CASE(body, 1) CASE(body, 2) CASE(body, 3) CASE(body, 4)                                                    \
+            CASE(body, 5) CASE(body, 6) CASE(body, 7) CASE(body, 8)                                                    \
+        }                                                                                                              \
+    }
+
+ALWAYS_INLINE const struct nybble_activations *activations_at(const struct nybble_product *product, int64_t block)
+{
+    return (const struct nybble_activations *)product->activations + block;
+}
+
+/* Four int8 as they lie. */
+ALWAYS_INLINE int32_t four(const int8_t *values)
+{
+    int32_t word;
+    memcpy(&word, values, sizeof word);
+    return word;
+}
+
+#endif

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from cpu_weights import FP4_FORMATS, random_float, random_fp4, random_fp8, random_stack
+from poison import poisoned as poisoned
+
+from nybble.kernels.cpu.cpu_matrix import Kind, dequantize, prepare, prepare_float32
+from nybble.kernels.quantized_tensor import MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor
+
+SIZES = ((1, 32), (16, 64), (37, 96), (50, 160))
+
+
+@pytest.mark.parametrize("format", FP4_FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_fp4_is_what_it_was(format: Format, rows: int, columns: int) -> None:
+    weight = random_fp4(format, rows, columns)
+    back = dequantize(prepare(weight))
+    if format is NVFP4_DIVIDED:  # multiplied by the reciprocal
+        assert_close(back, weight.dequantize(), max_error=1e-6, rms_error=1e-7)
+    else:
+        assert torch.equal(back, weight.dequantize())
+
+
+def test_columns_that_are_half_a_block() -> None:
+    weight = random_fp4(NVFP4, 5, 16 * 3)
+    assert torch.equal(dequantize(prepare(weight)), weight.dequantize())
+
+
+def test_every_code_with_every_scale() -> None:
+    """E4M3 scales of both signs, subnormal ones too; NaN makes its row NaN."""
+    scales = torch.arange(256, dtype=torch.uint8).view(256, 1).view(torch.float8_e4m3fn)
+    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8).repeat(256, 1)
+    weight = QuantizedTensor(codes, scales, torch.ones(256), NVFP4)
+    torch.testing.assert_close(
+        dequantize(prepare(weight)), weight.dequantize(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_every_power_of_two_but_the_smallest() -> None:
+    """2^-127 counts as zero."""
+    powers = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    weight = QuantizedTensor(
+        torch.full((256, 16), 0xF3, dtype=torch.uint8), powers.view(torch.float8_e8m0fnu), None, MXFP4
+    )
+    expected = weight.dequantize().masked_fill((powers == 0), 0)
+    torch.testing.assert_close(dequantize(prepare(weight))[1:], expected[1:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("format", FP4_FORMATS, ids=lambda format: format.name)
+def test_stack(format: Format) -> None:
+    weight = random_stack(format, 3, 20, 64)
+    matrix = prepare(weight)
+    assert (matrix.shape, matrix.num_matrices) == ((3, 20, 64), 3)
+    assert_close(dequantize(matrix), weight.dequantize(), max_error=1e-6, rms_error=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SIZES, (3, 1), (2050, 40)])
+def test_int8_is_half_a_step_away(rows: int, columns: int) -> None:
+    """Of blocks of 32 columns."""
+    weight = random_float(rows, columns)
+    error = (dequantize(prepare(weight)) - weight).abs()
+    for start in range(0, columns, 32):
+        block = slice(start, start + 32)
+        step = weight[:, block].abs().amax(dim=1, keepdim=True) / 127
+        assert (error[:, block] <= step * 0.57).all()  # the scale's own rounding moves the largest codes
+
+
+def test_int8_of_rows_and_blocks_of_zeros() -> None:
+    weight = random_float(18, 96)
+    weight[3] = 0
+    weight[:, 32:64] = 0
+    back = dequantize(prepare(weight))
+    assert (back[3] == 0).all()
+    assert (back[:, 32:64] == 0).all()
+    assert_close(back, weight, max_error=0.03, rms_error=0.006)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_int8_row_with_a_number_that_is_not_finite(number: float) -> None:
+    weight = random_float(20, 64)
+    weight[7, 40] = number
+    back = dequantize(prepare(weight))
+    assert back[7].isnan().all()
+    assert back[[6, 8]].isfinite().all()
+
+
+def test_fp8_becomes_int8() -> None:
+    weight = random_fp8(70, 96)
+    matrix = prepare(weight)
+    assert matrix.kind is Kind.INT8
+    assert_close(dequantize(matrix), weight.dequantize(), max_error=0.03, rms_error=0.006)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SIZES, (3, 1)])
+def test_float_forms(rows: int, columns: int) -> None:
+    weight = random_float(rows, columns)
+    assert torch.equal(dequantize(prepare(weight, "bf16")), weight.bfloat16().float())
+    assert torch.equal(dequantize(prepare_float32(weight)), weight)
+
+
+def test_bytes_of_a_weight() -> None:
+    """At a size without padding, row scales included."""
+    rows, columns = 64, 1024
+    bits = {
+        name: 8 * matrix.num_bytes / (rows * columns)
+        for name, matrix in (
+            ("nvfp4", prepare(random_fp4(NVFP4, rows, columns))),
+            ("mxfp4", prepare(random_fp4(MXFP4, rows, columns))),
+            ("int8", prepare(random_float(rows, columns))),
+            ("bf16", prepare(random_float(rows, columns), "bf16")),
+        )
+    }
+    row = 32 / columns
+    assert bits == {"nvfp4": 4.5 + row, "mxfp4": 4.25 + row, "int8": 8.5 + row, "bf16": 16}
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a weight is \[4\]"):
+        prepare(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"a weight is \[0, 4\]"):
+        prepare(torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="a weight is on meta"):
+        prepare(torch.zeros(4, 4, device="meta"))
