@@ -175,10 +175,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the native CPU backend.")
     parser.add_argument("--output", type=Path, default=LIBRARY, help="default: within the source tree")
     parser.add_argument("--flag", action="append", default=[], help="one more for compiler and linker")
+    parser.add_argument("--file", action="append", default=[], type=Path, help="one more C file")
     arguments = parser.parse_args()
     objects = ROOT / "build" / "native" / arguments.output.stem
     try:
-        build(arguments.output, objects, arguments.flag)
+        build(arguments.output, objects, arguments.flag, arguments.file)
     except NativeBuildError as error:
         sys.exit(f"native_build: {error}")
 

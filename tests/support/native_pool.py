@@ -16,10 +16,15 @@ _BUILD = native_build.ROOT / "build" / "native"
 
 
 @cache
-def probe_library() -> NativeLibrary:
+def probe_path() -> Path:
     path = _BUILD / "probe.so"
     native_build.build(path, _BUILD / "probe", extra_files=[Path(__file__).with_name("pool_probe.c")])
-    return NativeLibrary(path)
+    return path
+
+
+@cache
+def probe_library() -> NativeLibrary:
+    return NativeLibrary(probe_path())
 
 
 class _Arguments(ctypes.Structure):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from native_pool import probe, probe_library
+from native_pool import probe, probe_library, probe_path
 from processes import wait_until
 
 from nybble.kernels.cpu.pool import Pool
@@ -105,9 +105,10 @@ def test_one_core_is_enough() -> None:
 import os, sys
 sys.path[:0] = {sys.path!r}
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-from native_pool import probe, probe_library
+from native_pool import probe
+from nybble.kernels.cpu.native_library import NativeLibrary
 from nybble.kernels.cpu.pool import Pool
-with Pool(3, library=probe_library()) as pool:
+with Pool(3, library=NativeLibrary({str(probe_path())!r})) as pool:
     assert probe(pool, 5, num_regions=200).counts == [200] * 5
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -130,9 +131,11 @@ def test_a_forked_process_is_told_to_make_its_own() -> None:
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
-from native_pool import probe, probe_library
+from native_pool import probe
+from nybble.kernels.cpu.native_library import NativeLibrary
 from nybble.kernels.cpu.pool import Pool
-pool = Pool(3, library=probe_library())
+library = NativeLibrary({str(probe_path())!r})
+pool = Pool(3, library=library)
 probe(pool, 5)
 if child := os.fork():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -146,7 +149,7 @@ else:
     else:
         raise AssertionError("no error")
     pool.close()
-    with Pool(3, library=probe_library()) as own:
+    with Pool(3, library=library) as own:
         assert probe(own, 5, num_regions=100).counts == [100] * 5
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
