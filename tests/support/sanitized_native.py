@@ -1,7 +1,8 @@
 """`pytest -p sanitized_native`: tests of the native library run against one that was built with sanitizers.
 
-scripts/check_native builds it, with the probe of the pool, and has the sanitizers' runtime loaded, since Python is
-not built with them. It also runs this as a program, which must not get away with reading past a tensor's end.
+scripts/check_native builds it, with the probe of the pool, and has the sanitizers' runtime loaded, since
+Python is not built with them. It also runs this as a program, which must not get away with reading past a
+tensor's end.
 """
 
 from __future__ import annotations
