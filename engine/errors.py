@@ -41,21 +41,22 @@ class InvalidRequestError(NybbleError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt and answer do not fit in the context. `parameter` is "prompt" or "max_tokens"."""
+    """Prompt and answer do not fit in the context. `parameter` is "prompt" or "max_tokens".
+
+    The message begins as OpenAI's does: clients know this error by those words and shorten the prompt.
+    """
 
     @classmethod
     def check(cls, num_prompt_tokens: int, max_tokens: int, limit: int) -> None:
         """Raise unless a prompt and `max_tokens` of answer fit in a context of `limit` tokens."""
+        known = f"This model's maximum context length is {limit} tokens"
         if num_prompt_tokens >= limit:
-            raise cls(
-                f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer in the "
-                f"context of {limit} tokens",
-                "prompt",
-            )
+            message = f"{known}, and the prompt has {num_prompt_tokens}: no room is left for an answer"
+            raise cls(message, "prompt")
         if num_prompt_tokens + max_tokens > limit:
             raise cls(
-                f"{num_prompt_tokens} prompt tokens and {max_tokens} of answer exceed the context of "
-                f"{limit} tokens; at most {limit - num_prompt_tokens} are left",
+                f"{known}. The prompt has {num_prompt_tokens} and the answer may have {max_tokens}; "
+                f"at most {limit - num_prompt_tokens} are left",
                 "max_tokens",
             )
 

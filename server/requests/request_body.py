@@ -15,6 +15,10 @@ T = TypeVar("T", bound=msgspec.Struct)
 # msgspec ends its messages with " - at `$.messages[0].content`" or " - at `key` in `$.logit_bias`".
 _LOCATION = re.compile(r"^(?P<message>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
 
+# A character beyond U+FFFF, and half of one: what is left where a client cuts a text in UTF-16.
+_PAIR = re.compile(rb"\\ud[89ab]..\\ud[c-f]", re.IGNORECASE)
+_HALF = re.compile(rb"\\ud[89a-f]", re.IGNORECASE)
+
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode and check types and ranges; BadRequestError names the field."""
@@ -24,9 +28,21 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         message, param = split_location(str(error))
         raise BadRequestError(f"{param or 'request body'}: {message}", param) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequestError(f"the request body is not JSON: {error}", code="invalid_json") from error
+        message = f"the request body is not JSON: {_fault(body, error)}"
+        raise BadRequestError(message, code="invalid_json") from error
     except RecursionError as error:
         raise BadRequestError("the request body is nested too deeply", code="invalid_json") from error
+
+
+def _fault(body: bytes, error: Exception) -> str:
+    """What is wrong with a text that is no JSON, in words that help more than msgspec's where these mislead."""
+    if not body.strip():
+        return "it is empty"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: {error.reason} ({error.object[error.start]:#x})"
+    if _HALF.search(_PAIR.sub(b"", body)):
+        return "a string in it has half of a surrogate pair, which is no text"
+    return str(error)
 
 
 def check_supported(request: msgspec.Struct, unsupported: Mapping[str, tuple[object, ...]]) -> None:
@@ -47,6 +63,7 @@ def split_location(text: str) -> tuple[str, str | None]:
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
+        message = "a required field is missing"
     return message, path or None
 
 
