@@ -43,6 +43,7 @@ from nybble.server.requests.tokenize_request import detokenize, tokenize
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 from nybble.server.text.text_completion import TextCompletionRun
+from nybble.server.unknown_route import route_error
 from nybble.server.work_pool import WorkPool
 
 logger = logging.getLogger("nybble.server")
@@ -202,7 +203,7 @@ def _json_response(content: object, status: int = 200, headers: dict[str, str] |
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    answer = api_error(error)
+    answer = route_error(request, error) if isinstance(error, HTTPException) else api_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     return _json_response(answer.body(), answer.status, headers | answer.headers())
 

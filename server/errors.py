@@ -21,8 +21,6 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from starlette.exceptions import HTTPException
-
 from nybble.engine.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -137,10 +135,4 @@ def api_error(error: Exception) -> APIError:
             return InternalError(str(error), code="engine_error")
         case EngineDeadError():
             return UnavailableError(str(error), code="engine_dead")
-        case HTTPException(status_code=404):
-            return NotFoundError("no such route")
-        case HTTPException(status_code=405):
-            return MethodError("this route does not take that method")
-        case HTTPException():
-            return BadRequestError(error.detail)
     return InternalError("the server failed to handle the request")

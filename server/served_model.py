@@ -43,7 +43,7 @@ class ServedModel:
     def check_name(self, name: str) -> None:
         """Raises NotFoundError: a request names another model."""
         if name != self.name:
-            message = f"the model {name!r} is not served here; this is {self.name!r}"
+            message = f"the model {name[:100]!r} is not served here; this is {self.name!r}"
             raise NotFoundError(message, "model", "model_not_found")
 
     def check_token_ids(self, token_ids: Sequence[int], field: str) -> tuple[int, ...]:

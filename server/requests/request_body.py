@@ -35,7 +35,7 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def _fault(body: bytes, error: Exception) -> str:
-    """What is wrong with a text that is no JSON, in words that help more than msgspec's where these mislead."""
+    """What is wrong with a text that is no JSON, in other words than msgspec's where these mislead."""
     if not body.strip():
         return "it is empty"
     if isinstance(error, UnicodeDecodeError):

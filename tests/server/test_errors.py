@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from starlette.exceptions import HTTPException
 
 from nybble.engine.errors import (
     EngineDeadError,
@@ -80,9 +79,6 @@ def test_retry_after_is_in_whole_seconds_rounded_up(seconds: float, header: str)
         (RequestTimeoutError("late"), TimedOutError, "timeout"),
         (RequestFailedError("broken"), InternalError, None),
         (EngineDeadError("dead"), UnavailableError, None),
-        (HTTPException(404), NotFoundError, None),
-        (HTTPException(405), MethodError, None),
-        (HTTPException(418, "teapot"), BadRequestError, None),
         (ValueError("secret"), InternalError, None),
     ],
 )
