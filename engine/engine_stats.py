@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from nybble.engine.histogram import POWERS_OF_TWO, SECONDS, Histogram
+from nybble.engine.histogram import POWERS_OF_TWO, SECONDS, TOKENS, Histogram
 from nybble.engine.messages import EngineStats, TokenEvent
 from nybble.engine.scheduling.step import StepPlan
 
@@ -29,11 +29,12 @@ class Gauges:
 class _OpenRequest:
     """When its tokens came. Before the first one `last_token` is None."""
 
-    __slots__ = ("arrival", "last_token", "num_prompt_tokens")
+    __slots__ = ("admission", "arrival", "first_token", "last_token", "num_prompt_tokens", "num_tokens")
 
     def __init__(self, arrival: float, num_prompt_tokens: int) -> None:
-        self.arrival = arrival
+        self.arrival = self.admission = self.first_token = arrival
         self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = 0
         self.last_token: float | None = None
 
 
@@ -52,6 +53,12 @@ class StatsRecorder:
         self._time_to_first_token = Histogram(SECONDS)
         self._inter_token_latency = Histogram(SECONDS)
         self._request_time = Histogram(SECONDS)
+        self._prefill_time = Histogram(SECONDS)
+        self._inference_time = Histogram(SECONDS)
+        self._decode_time = Histogram(SECONDS)
+        self._time_per_output_token = Histogram(SECONDS)
+        self._prompt_tokens = Histogram(TOKENS)
+        self._output_tokens = Histogram(TOKENS)
         self._step_time = Histogram(SECONDS)
         self._step_tokens = Histogram(POWERS_OF_TWO)
         self._step_sequences = Histogram(POWERS_OF_TWO)
@@ -68,7 +75,8 @@ class StatsRecorder:
         """They run for the first time. Returns how many seconds each has waited for that."""
         now = self._clock()
         waits = {request_id: now - self._requests[request_id].arrival for request_id in request_ids}
-        for seconds in waits.values():
+        for request_id, seconds in waits.items():
+            self._requests[request_id].admission = now
             self._queue_time.observe(seconds)
         return waits
 
@@ -89,6 +97,7 @@ class StatsRecorder:
             else:
                 counts[last] = counts.get(last, 0) + 1
             request.last_token = now
+            request.num_tokens += 1
             if event.finish_reason is not None:
                 self._finish(event.request_id, event.finish_reason, now)
         for last, count in counts.items():
@@ -110,6 +119,12 @@ class StatsRecorder:
             time_to_first_token=self._time_to_first_token.snapshot(),
             inter_token_latency=self._inter_token_latency.snapshot(),
             request_time=self._request_time.snapshot(),
+            prefill_time=self._prefill_time.snapshot(),
+            inference_time=self._inference_time.snapshot(),
+            decode_time=self._decode_time.snapshot(),
+            time_per_output_token=self._time_per_output_token.snapshot(),
+            prompt_tokens=self._prompt_tokens.snapshot(),
+            output_tokens=self._output_tokens.snapshot(),
             step_time=self._step_time.snapshot(),
             step_tokens=self._step_tokens.snapshot(),
             step_sequences=self._step_sequences.snapshot(),
@@ -119,10 +134,19 @@ class StatsRecorder:
         self._num_prompt_tokens += request.num_prompt_tokens
         self._num_cached_tokens += event.num_cached_tokens
         self._time_to_first_token.observe(now - request.arrival)
+        self._prefill_time.observe(now - request.admission)
+        request.first_token = now
 
     def _finish(self, request_id: str, reason: str, now: float) -> None:
         request = self._requests.pop(request_id)
+        decode_time = now - request.first_token
         self._request_time.observe(now - request.arrival)
+        self._inference_time.observe(now - request.admission)
+        self._decode_time.observe(decode_time)
+        if request.num_tokens > 1:
+            self._time_per_output_token.observe(decode_time / (request.num_tokens - 1))
+        self._prompt_tokens.observe(request.num_prompt_tokens)
+        self._output_tokens.observe(request.num_tokens)
         self._count_end(reason)
 
     def _count_end(self, reason: str) -> None:

@@ -11,6 +11,7 @@ from nybble.engine.messages import HistogramCounts
 # Of each power of ten 1, 2.5 and 5: from 0.1 ms to 2,500 s.
 SECONDS = tuple(factor * 10.0**power for power in range(-4, 4) for factor in (1.0, 2.5, 5.0))[:-1]
 POWERS_OF_TWO = tuple(float(1 << exponent) for exponent in range(15))  # 1 to 16,384
+TOKENS = tuple(float(1 << exponent) for exponent in range(19))  # 1 to 262,144: of a whole context
 
 
 class Histogram:

@@ -170,11 +170,16 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
 
     The first four are of the moment; all others count from the engine's start. Prompt tokens count when the
     first token of their request comes, and of them those found in the prefix cache. num_finished: requests by
-    finish reason, or "abort". Histograms, in seconds unless said otherwise:
+    finish reason, or "abort". Histograms, in seconds unless said otherwise; those up to a last token and
+    those of a request's tokens leave out requests that ended without a finish reason:
 
     queue_time: from arrival to the first step that runs the request
     time_to_first_token, request_time: from arrival to the first and to the last token
     inter_token_latency: from one token of a request to its next; those of one step come together
+    prefill_time, inference_time: from the first step that runs the request to its first and to its last token
+    decode_time: from the first token to the last
+    time_per_output_token: that, for each token after the first, of requests that have any
+    prompt_tokens, output_tokens: how many of them a request has
     step_time: from a step's launch to its tokens
     step_tokens, step_sequences: how many of them a step runs
 
@@ -195,6 +200,12 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
     time_to_first_token: HistogramCounts
     inter_token_latency: HistogramCounts
     request_time: HistogramCounts
+    prefill_time: HistogramCounts
+    inference_time: HistogramCounts
+    decode_time: HistogramCounts
+    time_per_output_token: HistogramCounts
+    prompt_tokens: HistogramCounts
+    output_tokens: HistogramCounts
     step_time: HistogramCounts
     step_tokens: HistogramCounts
     step_sequences: HistogramCounts

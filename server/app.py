@@ -34,9 +34,11 @@ from nybble.server.errors import (
     api_error,
 )
 from nybble.server.event_stream import EventStream
+from nybble.server.faults import AnswerFaults
+from nybble.server.http_metrics import CountRequests, HTTPMetrics
 from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
-from nybble.server.request_ids import HEADER, RequestIds, request_id
+from nybble.server.request_ids import RequestIds
 from nybble.server.requests.completion_request import parse_completion_request, prepare_completion_request
 from nybble.server.requests.schemas import ChatCompletionRequest, Model, ModelList, Version
 from nybble.server.requests.tokenize_request import detokenize, tokenize
@@ -61,21 +63,27 @@ def create_app(
     api = _API(engine, model, config)
     gate = [Middleware(KeyGate, access=access)] if access else []
     handled = (APIError, HTTPException, NybbleError)
+    http = HTTPMetrics()
+    routes = [
+        Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
+        Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
+        Route("/version", api.version),
+        Route("/openapi.json", api.openapi),
+        *Monitoring(engine, model.name, config.ready_timeout, http).routes(),
+    ]
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
-            Route("/v1/completions", api.completions, methods=["POST"]),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{name:path}", api.model),
-            Route("/tokenize", api.tokenize, methods=["POST"]),
-            Route("/detokenize", api.detokenize, methods=["POST"]),
-            Route("/version", api.version),
-            Route("/openapi.json", api.openapi),
-            *Monitoring(engine, model.name, config.ready_timeout).routes(),
+        routes=routes,
+        exception_handlers=dict.fromkeys(handled, _answer_error) | {ClientDisconnect: _answer_nobody},
+        middleware=[
+            Middleware(CountRequests, metrics=http, routes=routes),
+            Middleware(RequestIds),
+            Middleware(AnswerFaults, answer=_answer_error),
+            *gate,
         ],
-        exception_handlers=dict.fromkeys(handled, _answer_error)
-        | {Exception: _answer_fault, ClientDisconnect: _answer_nobody},
-        middleware=[Middleware(RequestIds), *gate],
     )
     app.router.redirect_slashes = False  # to an address that a Host header makes up
     return app
@@ -206,13 +214,6 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     answer = route_error(request, error) if isinstance(error, HTTPException) else api_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     return _json_response(answer.body(), answer.status, headers | answer.headers())
-
-
-async def _answer_fault(request: Request, error: Exception) -> Response:
-    """As `_answer_error`, where starlette calls it: outside of all middleware."""
-    answer = await _answer_error(request, error)
-    answer.raw_headers.append((HEADER, request_id(request.scope)))
-    return answer
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

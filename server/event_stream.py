@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -14,9 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from nybble.server.coalescing import coalesce
 from nybble.server.errors import InternalError, api_error
+from nybble.server.faults import log_fault
 from nybble.server.keep_alive import COMMENT, kept_alive
-
-logger = logging.getLogger("nybble.server")
 
 _json = msgspec.json.Encoder()
 _Chunks = AsyncGenerator[Any, None]
@@ -83,7 +81,7 @@ class EventStream(StreamingResponse):
         except Exception as error:  # the status is sent: what is left is to say so in the stream
             answer = api_error(error)
             if isinstance(answer, InternalError):
-                logger.exception("a request failed")
+                log_fault(error, "a request failed")
             yield _event(_json.encode(answer.body()))
         yield _event(b"[DONE]")
 

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from nybble.engine.engine_client import ObservedEngine
 from nybble.engine.messages import EngineStats, HistogramCounts, SpeculationStats
+from nybble.server.http_metrics import HTTPMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -26,10 +27,11 @@ _LABELS = ("model_name",)
 
 
 class Metrics:
-    """The metrics of one engine, and of the server's own process."""
+    """The metrics of one engine, of HTTP, and of the server's own process."""
 
-    def __init__(self, engine: ObservedEngine, model_name: str) -> None:
+    def __init__(self, engine: ObservedEngine, model_name: str, http: HTTPMetrics) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(http)
         self._registry.register(_EngineCollector(engine, model_name))
         ProcessCollector(registry=self._registry)
 
@@ -80,7 +82,9 @@ def _counters(stats: EngineStats, name: str) -> Iterator[Metric]:
     ):
         yield _counter(metric, text, name, value)
     ends = CounterMetricFamily(
-        "vllm:request_success", "Requests that ended, by reason.", labels=(*_LABELS, "finished_reason")
+        "vllm:request_success",
+        "Requests that ended, by reason; abort: also at a stop string.",
+        labels=(*_LABELS, "finished_reason"),
     )
     for reason, count in sorted(stats.num_finished.items()):
         ends.add_metric((name, reason), count)
@@ -93,6 +97,24 @@ def _histograms(stats: EngineStats, name: str) -> Iterator[Metric]:
         ("vllm:time_to_first_token_seconds", "From arrival to the first token.", stats.time_to_first_token),
         ("vllm:inter_token_latency_seconds", "From a token to the next.", stats.inter_token_latency),
         ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", stats.request_time),
+        (
+            "vllm:request_prefill_time_seconds",
+            "From the first step to the first token.",
+            stats.prefill_time,
+        ),
+        (
+            "vllm:request_inference_time_seconds",
+            "From the first step to the last token.",
+            stats.inference_time,
+        ),
+        ("vllm:request_decode_time_seconds", "From the first token to the last.", stats.decode_time),
+        (
+            "vllm:request_time_per_output_token_seconds",
+            "That, for each token after the first.",
+            stats.time_per_output_token,
+        ),
+        ("vllm:request_prompt_tokens", "Tokens of a request's prompt.", stats.prompt_tokens),
+        ("vllm:request_generation_tokens", "Tokens of a request's answer.", stats.output_tokens),
         ("vllm:iteration_tokens_total", "Tokens that a step computes.", stats.step_tokens),
         ("nybble:step_time_seconds", "From a step's launch to its tokens.", stats.step_time),
         ("nybble:step_sequences", "Sequences in a step.", stats.step_sequences),
@@ -102,6 +124,9 @@ def _histograms(stats: EngineStats, name: str) -> Iterator[Metric]:
 
 def _speculation(stats: SpeculationStats, name: str) -> Iterator[Metric]:
     drafts, accepted = sum(stats.num_drafts), sum(stats.num_accepted)
+    yield _counter(
+        "vllm:spec_decode_num_drafts", "Times a sequence was drafted for.", name, stats.num_drafts[0]
+    )
     yield _counter("vllm:spec_decode_num_draft_tokens", "Tokens that were drafted.", name, drafts)
     yield _counter("vllm:spec_decode_num_accepted_tokens", "Drafts that stayed.", name, accepted)
     yield _by_position("vllm:spec_decode_num_accepted_tokens_per_pos", stats.num_accepted, name)

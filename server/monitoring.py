@@ -9,15 +9,18 @@ from starlette.routing import Route
 
 from nybble.engine.engine_client import ObservedEngine
 from nybble.server.errors import UnavailableError
+from nybble.server.http_metrics import HTTPMetrics
 from nybble.server.metrics import CONTENT_TYPE, Metrics
 from nybble.server.readiness import Readiness
 from nybble.server.requests.schemas import Status
 
 
 class Monitoring:
-    def __init__(self, engine: ObservedEngine, model_name: str, ready_timeout: float) -> None:
+    def __init__(
+        self, engine: ObservedEngine, model_name: str, ready_timeout: float, http: HTTPMetrics
+    ) -> None:
         self._engine = engine
-        self._metrics = Metrics(engine, model_name)
+        self._metrics = Metrics(engine, model_name, http)
         self._readiness = Readiness(engine, ready_timeout)
 
     def routes(self) -> list[Route]:

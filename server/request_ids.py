@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HEADER = b"x-request-id"
-_KEY = "nybble.request_id"  # in the scope
+_HEADER = b"x-request-id"
 _ALLOWED = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # nothing that could break a header or a log line
 
 
@@ -23,21 +21,16 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[_KEY] = name = _given_id(scope) or uuid.uuid4().hex.encode()
+        name = _given_id(scope) or uuid.uuid4().hex.encode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (HEADER, name)]}
+                message = {**message, "headers": [*message.get("headers", ()), (_HEADER, name)]}
             await send(message)
 
         await self._app(scope, receive, send_with_id)
 
 
-def request_id(scope: Scope) -> bytes:
-    """Of a request that has come through the middleware."""
-    return cast(bytes, scope[_KEY])
-
-
 def _given_id(scope: Scope) -> bytes | None:
-    given = [value for name, value in scope["headers"] if name == HEADER]
+    given = [value for name, value in scope["headers"] if name == _HEADER]
     return bytes(given[0]) if len(given) == 1 and _ALLOWED.fullmatch(given[0]) else None

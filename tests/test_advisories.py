@@ -270,12 +270,12 @@ def test_there_is_no_administration_and_no_route_without_a_key(model: ServedMode
 
 def test_nothing_of_requests_is_logged(model: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    for engine in (ScriptedEngine([65]), ScriptedEngine([65, RuntimeError("boom")])):
+    for engine in (ScriptedEngine([65]), ScriptedEngine([65, RuntimeError(SECRET_TEXT)])):
         for stream in (True, False):
             send(model, "POST", CHAT, engine, json=chat(SECRET_TEXT) | {"stream": stream})
     send(model, "POST", CHAT, json=chat([{"type": SECRET_TEXT}]), headers={"Authorization": SECRET_TEXT})
     send(model, "POST", CHAT, content=f'{{"model": {SECRET_TEXT}')
     send(model, "GET", f"/{SECRET_TEXT}")
     ours = [logging.Formatter().format(one) for one in caplog.records if one.name != "httpx"]
-    assert any("boom" in line for line in ours)
+    assert any("RuntimeError" in line for line in ours)
     assert not any("a7f3" in line for line in ours)

@@ -16,7 +16,7 @@ from running import random_prompt, request
 from nybble.engine.engine import Engine, EngineLimits
 from nybble.engine.engine_config import SchedulerConfig
 from nybble.engine.engine_stats import Gauges, StatsRecorder
-from nybble.engine.histogram import POWERS_OF_TWO, SECONDS
+from nybble.engine.histogram import POWERS_OF_TWO, SECONDS, TOKENS
 from nybble.engine.messages import HistogramCounts, TokenEvent
 from nybble.engine.scheduling.block_pool import BlockPool
 from nybble.engine.scheduling.scheduler import Scheduler
@@ -68,6 +68,7 @@ class Outside:
     step_times: list[float] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
     request_times: list[float] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.runner = SlowRunner(self.clock, PagedRunner(BLOCK_SIZE))
@@ -100,6 +101,7 @@ class Outside:
             self.num_cached[event.request_id] = event.num_cached_tokens
             if event.finish_reason is not None:
                 self.ends[event.finish_reason] += 1
+                self.finished.append(event.request_id)
                 self.request_times.append(self.clock.now - self.arrivals.pop(event.request_id))
 
 
@@ -149,6 +151,16 @@ def test_against_what_is_seen_outside(actions: list[tuple[object, ...]]) -> None
     _assert_counts(stats.queue_time, [start - arrivals[name] for name, start in outside.first_steps.items()])
     _assert_counts(stats.request_time, outside.request_times)
     _assert_counts(stats.step_time, outside.step_times)
+    started = outside.first_steps
+    _assert_counts(stats.prefill_time, [own[0] - started[name] for name, own in begun.items()])
+    finished = {name: times[name] for name in outside.finished}
+    _assert_counts(stats.inference_time, [own[-1] - started[name] for name, own in finished.items()])
+    _assert_counts(stats.decode_time, [own[-1] - own[0] for own in finished.values()])
+    rates = [(own[-1] - own[0]) / (len(own) - 1) for own in finished.values() if len(own) > 1]
+    _assert_counts(stats.time_per_output_token, rates)
+    lengths = [float(outside.prompt_lengths[name]) for name in finished]
+    _assert_counts(stats.prompt_tokens, lengths, TOKENS)
+    _assert_counts(stats.output_tokens, [float(len(own)) for own in finished.values()], TOKENS)
     plans = outside.runner.paged.plans
     _assert_counts(stats.step_tokens, [float(plan.num_tokens) for plan in plans], POWERS_OF_TWO)
     _assert_counts(stats.step_sequences, [float(len(plan.chunks)) for plan in plans], POWERS_OF_TWO)

@@ -7,13 +7,14 @@ from scripted_engine import ScriptedEngine
 
 from nybble.engine.engine_stats import Gauges, StatsRecorder
 from nybble.engine.messages import EngineStats, HistogramCounts, SpeculationStats
+from nybble.server.http_metrics import HTTPMetrics
 from nybble.server.metrics import Metrics
 
 
 def samples(engine: ScriptedEngine) -> dict[tuple[str, str], float]:
     """By name and the label beside the model's, read by the library's own parser."""
     found = {}
-    for family in text_string_to_metric_families(Metrics(engine, 'a "b"\n').text().decode()):
+    for family in text_string_to_metric_families(Metrics(engine, 'a "b"\n', HTTPMetrics()).text().decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
             if not sample.name.startswith("process_"):

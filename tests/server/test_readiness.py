@@ -29,10 +29,47 @@ def test_an_idle_engine_must_decode() -> None:
 def test_a_token_that_just_came_is_enough() -> None:
     engine = ScriptedEngine([65, 66])
     engine.last_token_time = 100.0
-    asyncio.run(Readiness(engine, 10, clock=lambda: 109.0).check())
+    asyncio.run(Readiness(engine, 10, clock=lambda: 100.9).check())
     assert engine.requests == []
     asyncio.run(Readiness(engine, 10, clock=lambda: 110.0).check())
     assert len(engine.requests) == 1
+
+
+def test_before_the_timeout_nobody_waits_for_the_question() -> None:
+    async def scenario() -> None:
+        pause = Pause()
+        engine = ScriptedEngine([pause, 65, 66])
+        engine.last_token_time = 100.0
+        readiness = Readiness(engine, 10, clock=lambda: 101.0)
+        await readiness.check()
+        await pause.reached.wait()
+        await readiness.check()
+        assert len(engine.requests) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+@pytest.mark.parametrize("interval", [0.07, 0.2, 0.6, 1.1])
+@pytest.mark.parametrize("phase", [0.0, 0.5, 0.99])
+def test_a_hang_is_noticed_within_the_timeout_and_an_interval(interval: float, phase: float) -> None:
+    """By who asks every `interval` seconds, wherever between two questions it begins."""
+    timeout = 0.5
+
+    async def scenario() -> float:
+        engine = ScriptedEngine([Pause()])
+        readiness = Readiness(engine, timeout)
+        engine.last_token_time = hang = time.monotonic()
+        asked = hang + (1 - phase) * interval
+        while True:
+            await asyncio.sleep(max(0.0, asked - time.monotonic()))
+            asked += interval
+            try:
+                await readiness.check()
+            except UnavailableError:
+                return time.monotonic() - hang
+
+    taken = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert timeout <= taken + interval and taken <= timeout + interval + 0.15  # of a busy machine
 
 
 def test_a_dead_engine_is_not_ready() -> None:
@@ -50,7 +87,7 @@ def test_an_engine_that_hangs_is_noticed_and_the_question_withdrawn() -> None:
     """Also after its last token has been too long ago."""
     engine = ScriptedEngine([65, Pause(), 66])
     engine.last_token_time = time.monotonic() - 1
-    assert "no token for 0.05 s" in refusal(Readiness(engine, 0.05))
+    assert "no token in 0.045 s" in refusal(Readiness(engine, 0.05))
     assert engine.aborts == [engine.requests[0].request_id]
 
 

@@ -25,14 +25,14 @@ import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from processes import Family, family, wait_until
+from server_process import DEADLINE, NYBBLE, start_server, wait_until_listening
 from tiny_glm import make_checkpoint
 from tiny_tokenizer import write_tokenizer
 from tls_certificate import write_certificate
 
-NYBBLE, TORCHRUN = (Path(sys.executable).with_name(name) for name in ("nybble", "torchrun"))
+TORCHRUN = Path(sys.executable).with_name("torchrun")
 MODEL = "demo-checkpoint"
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
-DEADLINE = 60.0  # seconds; only a hang reaches it
 
 
 @dataclass
@@ -50,31 +50,13 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    process, log = _start(demo_checkpoint, tmp_path_factory.mktemp("server"))
+    process, log = start_server(demo_checkpoint, tmp_path_factory.mktemp("server"))
     try:
-        yield Server(_wait_until_listening(log, process), psutil.Process(process.pid))
+        yield Server(wait_until_listening(log, process), psutil.Process(process.pid))
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE) == 0
     assert "Traceback" not in log.read_text()
-
-
-def _start(checkpoint: Path, directory: Path, *options: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A server process on a free port, and the file that it logs to."""
-    log = directory / "log"
-    with log.open("w") as output:
-        command = [NYBBLE, "serve", checkpoint, "--port", "0", *options]
-        return subprocess.Popen(command, stderr=output), log
-
-
-def _wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> str:
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline and process.poll() is None:
-        match = re.search(r"listening on (https?://\S+)", log.read_text())
-        if match:
-            return match[1]
-        time.sleep(0.05)
-    raise AssertionError(f"the server did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="module")
@@ -363,9 +345,9 @@ def test_too_large_a_body(server: Server) -> None:
 
 def test_terminated_it_answers_what_is_open(demo_checkpoint: Path, tmp_path: Path) -> None:
     """An answer that outlasts the timeout ends in an error event; the server in exit code 0."""
-    process, log = _start(demo_checkpoint, tmp_path, "--shutdown-timeout", "1")
+    process, log = start_server(demo_checkpoint, tmp_path, "--shutdown-timeout", "1")
     body = {"model": MODEL, "messages": FRANCE, "stream": True, "temperature": 2.0, "seed": 4}
-    url = f"{_wait_until_listening(log, process)}/v1/chat/completions"
+    url = f"{wait_until_listening(log, process)}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, timeout=DEADLINE) as response:
         lines = response.iter_lines()
         next(lines)
@@ -378,8 +360,8 @@ def test_terminated_it_answers_what_is_open(demo_checkpoint: Path, tmp_path: Pat
 
 
 def test_terminated_it_does_not_wait_for_half_a_request(demo_checkpoint: Path, tmp_path: Path) -> None:
-    process, log = _start(demo_checkpoint, tmp_path, "--shutdown-timeout", "1")
-    host, port = _wait_until_listening(log, process).removeprefix("http://").split(":")
+    process, log = start_server(demo_checkpoint, tmp_path, "--shutdown-timeout", "1")
+    host, port = wait_until_listening(log, process).removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 500\r\n\r\nhalf"
         connection.sendall(head.encode())
@@ -441,7 +423,7 @@ def several_ranks(
             with logs[-1].open("w") as output:
                 started.append(subprocess.Popen(command, stderr=output, env=environment))
         try:
-            yield processes, started, _wait_until_listening(logs[0], started[0])
+            yield processes, started, wait_until_listening(logs[0], started[0])
         finally:
             processes.kill()
             for process in started:
@@ -548,8 +530,8 @@ def test_keys_and_tls_from_the_command_to_the_answer(tiny: Path, tmp_path: Path)
 
     def statuses(*lengths: int) -> list[int]:
         """Of requests for answers of at most so many tokens, from a server that is then killed."""
-        process, log = _start(tiny, tmp_path, *options)
-        url = _wait_until_listening(log, process).replace("0.0.0.0", "127.0.0.1")
+        process, log = start_server(tiny, tmp_path, *options)
+        url = wait_until_listening(log, process).replace("0.0.0.0", "127.0.0.1")
         assert url.startswith("https://")
         with httpx.Client(verify=trusted, base_url=url, timeout=DEADLINE, headers=headers) as client:
             asked = [tiny_body(length, ignore_eos=True) for length in lengths]
