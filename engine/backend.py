@@ -13,6 +13,9 @@ from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware
 from nybble.kernels.arithmetic import PLAIN
+from nybble.kernels.cpu.cpu_ops import CpuOps
+from nybble.kernels.cpu.native_library import NativeLibraryError, native_library
+from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.invariant_arithmetic import InvariantArithmetic
 from nybble.kernels.ops import Ops
 from nybble.kernels.reference_ops import ReferenceOps
@@ -29,18 +32,24 @@ logger = logging.getLogger("nybble.engine")
 # 8.0, 10.3 as 10.0, 12.1 as 12.0.
 _TUNED = (80, 90, 100, 120)
 _INTERPRETED_AS = 90
+MAX_CPU_THREADS = 1024
 _OLDEST_WITH_FP8 = 90  # Triton has no conversion from E4M3 below 8.9, which runs as 8.0
 
 
-def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["reference", "triton"]:
+Backend = Literal["reference", "cpu", "triton"]
+
+
+def resolve_backend(config: EngineConfig, hardware: Hardware) -> Backend:
     """Settle "auto".
 
     Raises:
-        OptionError: Triton was asked for and there is nothing that it can run on.
+        OptionError: a backend was asked for and there is nothing that it can run on.
     """
     backend = config.backend
     if backend == "auto":
         backend = "triton" if hardware.capability >= _TUNED[0] else "reference"
+    if backend == "cpu":
+        _check_native_cpu(config, hardware)
     if backend == "triton" and hardware.capability < _TUNED[0] and not _is_interpreted():
         found = f"{hardware.name} has {hardware.capability / 10}" if hardware.capability else "there is none"
         raise OptionError(
@@ -49,11 +58,45 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Literal["refere
     return backend
 
 
+def _check_native_cpu(config: EngineConfig, hardware: Hardware) -> None:
+    if hardware.device != "cpu":
+        raise OptionError(f"backend is 'cpu', but device is {hardware.device!r}: set device to 'cpu'")
+    if config.dtype == "bfloat16":
+        raise OptionError("dtype is 'bfloat16', but backend 'cpu' computes in float32")
+    try:
+        native_library()
+    except NativeLibraryError as error:
+        raise OptionError(f"backend is 'cpu': {error}") from error
+
+
+def resolve_cpu_threads(config: EngineConfig, hardware: Hardware) -> int | None:
+    """Settle the threads of a config whose backend is settled; None for all backends but "cpu".
+
+    Raises:
+        OptionError: it is out of range, or set for another backend.
+    """
+    asked = config.cpu_threads
+    if config.backend != "cpu":
+        if asked is not None:
+            raise OptionError(f"cpu_threads is {asked}, but backend is {config.backend!r}, not 'cpu'")
+        return None
+    if asked is not None and not 1 <= asked <= MAX_CPU_THREADS:
+        raise OptionError(f"cpu_threads is {asked}, expected 1 to {MAX_CPU_THREADS}")
+    return asked or hardware.num_cores
+
+
 def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
-    """The backend of a resolved config."""
+    """The backend of a resolved config.
+
+    Raises OSError if its threads cannot be had.
+    """
     dtype: torch.dtype = getattr(torch, config.dtype)
+    arithmetic = InvariantArithmetic() if config.deterministic else PLAIN
+    if config.backend == "cpu":
+        pool = Pool(config.cpu_threads or hardware.num_cores, cores=hardware.cores)
+        return CpuOps(pool, arithmetic=arithmetic)
     if config.backend != "triton":
-        return ReferenceOps(dtype, InvariantArithmetic() if config.deterministic else PLAIN)
+        return ReferenceOps(dtype, arithmetic)
     # Here, since Triton is not for every platform, and takes a second to import.
     from nybble.kernels.triton.launch_policy import ADAPTIVE, invariant_policy
     from nybble.kernels.triton.triton_ops import TritonOps
@@ -100,13 +143,13 @@ def resolve_kv_cache_dtype(
 ) -> Literal["fp32", "bf16", "fp8"]:
     """Settle "auto" for a config whose backend and dtype are settled.
 
-    Triton kernels read an FP8 cache faster, so there the checkpoint decides. The reference, which widens it
-    first, takes one when asked.
+    Triton kernels read an FP8 cache faster, so there the checkpoint decides. The others, which widen it
+    first, take one when asked.
 
     Raises:
         OptionError: an FP8 cache was asked for and the GPU has no conversion from it.
     """
-    can_read_fp8 = config.backend == "reference" or _kernel_arch(hardware) >= _OLDEST_WITH_FP8
+    can_read_fp8 = config.backend != "triton" or _kernel_arch(hardware) >= _OLDEST_WITH_FP8
     asked = config.cache.kv_cache_dtype
     if asked == "fp8" and not can_read_fp8:
         raise OptionError(

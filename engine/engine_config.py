@@ -82,9 +82,19 @@ class SpeculationConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     checkpoint: str = field(metadata={"help": "checkpoint directory"})
-    backend: Literal["auto", "reference", "triton"] = field(
+    backend: Literal["auto", "reference", "cpu", "triton"] = field(
         default="auto",
-        metadata={"help": "implementation of the model's operations (auto: triton on a GPU, else reference)"},
+        metadata={
+            "help": "implementation of the model's operations: plain torch, native code for CPUs, Triton "
+            "(auto: triton on a GPU, else reference)"
+        },
+    )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "threads of backend cpu on each rank (default: one for each physical core that the "
+            "process may use, shared by the ranks of a machine)"
+        },
     )
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "where to compute (auto: a GPU if there is one)"}

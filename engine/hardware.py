@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,18 +12,25 @@ import torch
 from nybble.engine.errors import OptionError
 from nybble.engine.planning.gpu_specs import GIB, GpuSpec
 from nybble.engine.ranks.launched_rank import LaunchedRank
+from nybble.kernels.cpu.cores import available_cores, default_num_threads
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A rank's device and the bytes of its memory that are free now. The rest is a GPU's: `capability` is its
-    compute capability times ten."""
+    """A rank's device and the bytes of its memory that are free now.
+
+    name, index, capability: of a GPU; its compute capability is times ten
+    cores: of the host, for this rank to be bound to, best first; empty where the system does not tell them
+    num_cores: how many threads are of use on them
+    """
 
     device: Literal["cpu", "cuda"]
     free_bytes: int
     name: str = ""
     index: int = 0
     capability: int = 0
+    cores: tuple[int, ...] = ()
+    num_cores: int = 1
 
     @property
     def torch_device(self) -> torch.device:
@@ -48,7 +56,12 @@ def detect(device: Literal["auto", "cpu", "cuda"], launched: LaunchedRank) -> Ha
     if device == "cuda" and not num_gpus:
         raise OptionError("device is 'cuda', but torch finds no CUDA device on this machine")
     if device == "cpu" or not num_gpus:
-        return Hardware(device="cpu", free_bytes=_available_host_bytes() // launched.num_local_ranks)
+        return Hardware(
+            device="cpu",
+            free_bytes=_available_host_bytes() // launched.num_local_ranks,
+            cores=own_cores(available_cores(), launched),
+            num_cores=max(1, default_num_threads() // launched.num_local_ranks),
+        )
     if launched.local_rank >= num_gpus:
         raise OptionError(
             f"{launched.num_local_ranks} ranks were started on a machine that has {num_gpus} GPUs"
@@ -58,6 +71,17 @@ def detect(device: Literal["auto", "cpu", "cuda"], launched: LaunchedRank) -> Ha
     free_bytes, _ = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
     return Hardware("cuda", free_bytes, torch.cuda.get_device_name(index), index, 10 * major + minor)
+
+
+def own_cores(cores: Sequence[int], launched: LaunchedRank) -> tuple[int, ...]:
+    """A rank's share of `cores`, in their order; all of them where there are too few.
+
+    Every n-th, so that a core's siblings, which come in the same order after all first ones, are as a rule
+    the same rank's.
+    """
+    if len(cores) < launched.num_local_ranks:
+        return tuple(cores)
+    return tuple(cores[launched.local_rank :: launched.num_local_ranks])
 
 
 def _available_host_bytes() -> int:

@@ -63,8 +63,9 @@ class Preparation:
     def fingerprint(self) -> str:
         """Equal on ranks that can work together: the same options and checkpoint, wherever it lies."""
         checkpoint = sorted((e.name, e.dtype, e.shape) for e in self.checkpoint.entries.values())
-        cache = replace(self.config.cache, kv_cache_memory=None)  # stages have layers of their own
-        options = replace(self.config, checkpoint="", cache=cache)
+        # Stages have layers of their own, and machines cores.
+        cache = replace(self.config.cache, kv_cache_memory=None)
+        options = replace(self.config, checkpoint="", cache=cache, cpu_threads=None)
         fields = (options, self.model_config, checkpoint, self.limits.num_token_ids)
         return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
 

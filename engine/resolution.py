@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nybble.engine.backend import resolve_backend, resolve_kv_cache_dtype, resolve_launch_table
+from nybble.engine.backend import (
+    resolve_backend,
+    resolve_cpu_threads,
+    resolve_kv_cache_dtype,
+    resolve_launch_table,
+)
 from nybble.engine.checkpoint.model_config import ModelConfig
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.errors import OptionError
@@ -70,7 +75,11 @@ def resolve(
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
     )
-    resolved = replace(resolved, launch_table=resolve_launch_table(resolved, hardware))
+    resolved = replace(
+        resolved,
+        cpu_threads=resolve_cpu_threads(resolved, hardware),
+        launch_table=resolve_launch_table(resolved, hardware),
+    )
     kv_dtype = resolve_kv_cache_dtype(resolved, hardware, is_fp8_kv_declared)
     memory = _plan_memory(resolved, kv_dtype, inventory, placement, hardware)
     gib = round(memory.cache_geometry.num_bytes / GIB, 3)
@@ -93,6 +102,8 @@ def _plan_memory(
     held = (inventory if has_draft else inventory.without_draft()).recast(config.weights)
     if config.backend == "reference":
         held = held.dequantized(item_bytes=4 if config.dtype == "float32" else 2)
+    elif config.backend == "cpu":
+        held = held.as_int8()
     else:
         _check_expert_kernels(held)
     plan = make_plan(held, gpus, max_model_len, kv_dtype, placement.split)

@@ -37,6 +37,7 @@ _PARTS = (
     (r"eh_proj", "draft projection"),
 )
 DRAFT, DRAFT_COPIES = "draft layer", "draft copies, not loaded"
+_FLOAT_PARTS = frozenset({"norms", "router"})
 _ROWS = tuple(dict.fromkeys([*(part for _, part in _PARTS), DRAFT, DRAFT_COPIES]))
 # nvidia/GLM-4.7-NVFP4: these in NVFP4 (half a byte of code, a byte of scale for 16), everything else in BF16.
 _NVFP4_PARTS = frozenset({"dense MLP", EXPERTS, "shared experts"})
@@ -133,6 +134,12 @@ class Inventory:
         return replace(
             self, groups=tuple(replace(g, num_bytes=g.num_parameters * item_bytes) for g in self.groups)
         )
+
+    def as_int8(self) -> Inventory:
+        """With every matrix that is not FP4 held in int8 with a float16 scale for 32 columns, and float32 for
+        the embedding, norms and routers, as by the native CPU backend; without its 4 bytes for a row."""
+        held = (replace(group, num_bytes=_int8_bytes(group, self.config)) for group in self.groups)
+        return replace(self, groups=tuple(held))
 
     def part_sizes(self) -> tuple[PartSize, ...]:
         rows = {row: [group for group in self.groups if group.row == row] for row in _ROWS}
@@ -243,6 +250,15 @@ def _merged(groups: Iterable[Group]) -> tuple[Group, ...]:
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     """Expected number of experts that are hit in a layer when each token picks `top_k` at random."""
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
+
+
+def _int8_bytes(group: Group, config: ModelConfig) -> int:
+    as_matrix, as_floats = group.num_parameters * 17 // 16, group.num_parameters * 4
+    if "FP4" in group.layout:
+        return group.num_bytes
+    if group.part == EMBEDDING:  # which is the head, too, where they are tied
+        return as_floats + as_matrix * config.tie_word_embeddings
+    return as_floats if group.part in _FLOAT_PARTS else as_matrix
 
 
 def read_share(group: Group, config: ModelConfig, batch: int, is_last: bool = True) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 
 from nybble.kernels.cpu.cores import available_cores
@@ -21,9 +22,14 @@ class Pool:
     """
 
     def __init__(
-        self, num_threads: int, level: str | None = None, library: NativeLibrary | None = None
+        self,
+        num_threads: int,
+        level: str | None = None,
+        library: NativeLibrary | None = None,
+        cores: Sequence[int] | None = None,
     ) -> None:
-        """level: one of the library's levels, by default the fastest; library: by default the installed one.
+        """level: one of the library's levels, by default the fastest; library: by default the installed one;
+        cores: to bind threads to, by default all that the process may use.
 
         Raises:
             NativeLibraryError: there is none.
@@ -37,11 +43,11 @@ class Pool:
         if self.level not in self.library.levels:
             raise ValueError(f"level is {self.level!r}; this machine has {', '.join(self.library.levels)}")
         self.num_threads = num_threads
-        cores = available_cores()
-        is_bound = len(cores) >= num_threads
+        own_cores = list(available_cores() if cores is None else cores)
+        is_bound = len(own_cores) >= num_threads
         self._process = os.getpid()
         self._handle = self.library.create_pool(
-            num_threads, self.level, cores[:num_threads] if is_bound else None
+            num_threads, self.level, own_cores[:num_threads] if is_bound else None
         )
         if not self._handle:
             raise OSError(

@@ -10,9 +10,12 @@ from typing import Literal
 import pytest
 import torch
 
+from nybble.engine import backend
 from nybble.engine.backend import (
+    Backend,
     make_ops,
     resolve_backend,
+    resolve_cpu_threads,
     resolve_kv_cache_dtype,
     resolve_launch_table,
 )
@@ -20,23 +23,60 @@ from nybble.engine.engine_config import CacheConfig, EngineConfig
 from nybble.engine.errors import OptionError
 from nybble.engine.hardware import Hardware
 from nybble.kernels import nvfp4
+from nybble.kernels.cpu.native_library import NativeLibrary, NativeLibraryError
 from nybble.kernels.triton.launch import recorded_launches
 from nybble.kernels.triton.launch_table import default_launch_table
 
 CONFIG = EngineConfig(checkpoint="")
+NATIVE = replace(CONFIG, backend="cpu", device="cpu")
 CPU = Hardware("cpu", 1)
 H100 = Hardware("cuda", 1, "H100", capability=90)
 A100 = Hardware("cuda", 1, "A100", capability=80)
 L40S = Hardware("cuda", 1, "L40S", capability=89)
 V100 = Hardware("cuda", 1, "V100", capability=70)
+BACKENDS: list[tuple[Backend, Hardware]] = [
+    ("triton", H100),
+    ("reference", H100),
+    ("reference", A100),
+    ("reference", CPU),
+    ("cpu", CPU),
+]
 
 
 @pytest.mark.parametrize(
     ("hardware", "expected"), [(CPU, "reference"), (V100, "reference"), (H100, "triton")]
 )
-def test_auto(hardware: Hardware, expected: Literal["reference", "triton"]) -> None:
+def test_auto(hardware: Hardware, expected: Backend) -> None:
     assert resolve_backend(CONFIG, hardware) == expected
     assert resolve_backend(replace(CONFIG, backend="reference"), hardware) == "reference"
+
+
+def test_the_native_backend_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def missing() -> NativeLibrary:
+        raise NativeLibraryError("it was not built: run this")
+
+    monkeypatch.setattr(backend, "native_library", missing)
+    with pytest.raises(OptionError, match="backend is 'cpu': it was not built: run this"):
+        resolve_backend(NATIVE, CPU)
+
+
+def test_the_native_backend_is_for_hosts_and_float32() -> None:
+    with pytest.raises(OptionError, match="backend is 'cpu', but device is 'cuda': set device to 'cpu'"):
+        resolve_backend(NATIVE, H100)
+    with pytest.raises(OptionError, match="dtype is 'bfloat16', but backend 'cpu' computes in float32"):
+        resolve_backend(replace(NATIVE, dtype="bfloat16"), CPU)
+
+
+def test_threads_of_the_native_backend() -> None:
+    hardware = replace(CPU, num_cores=6)
+    assert resolve_cpu_threads(NATIVE, hardware) == 6
+    assert resolve_cpu_threads(replace(NATIVE, cpu_threads=2), hardware) == 2
+    assert resolve_cpu_threads(replace(CONFIG, backend="reference"), hardware) is None
+    with pytest.raises(OptionError, match="cpu_threads is 0, expected 1 to 1024"):
+        resolve_cpu_threads(replace(NATIVE, cpu_threads=0), hardware)
+    with pytest.raises(OptionError, match="cpu_threads is 2, but backend is 'triton', not 'cpu'"):
+        resolve_cpu_threads(replace(CONFIG, backend="triton", cpu_threads=2), H100)
 
 
 @pytest.mark.parametrize(("hardware", "found"), [(CPU, "there is none"), (V100, "V100 has 7.0")])
@@ -59,9 +99,7 @@ def test_triton_without_a_gpu_for_it_is_refused(
         ("reference", CPU, True, "bf16"),
     ],
 )
-def test_auto_cache(
-    chosen: Literal["reference", "triton"], hardware: Hardware, is_declared: bool, expected: str
-) -> None:
+def test_auto_cache(chosen: Backend, hardware: Hardware, is_declared: bool, expected: str) -> None:
     config = replace(CONFIG, backend=chosen, dtype="bfloat16")
     assert resolve_kv_cache_dtype(config, hardware, is_declared) == expected
     if expected != "fp8":
@@ -73,7 +111,7 @@ def test_auto_cache(
 @pytest.mark.parametrize("is_declared", [False, True])
 def test_a_cache_that_is_asked_for(asked: Literal["fp32", "bf16", "fp8"], is_declared: bool) -> None:
     cache = CacheConfig(kv_cache_dtype=asked)
-    for chosen, hardware in (("triton", H100), ("reference", H100), ("reference", A100), ("reference", CPU)):
+    for chosen, hardware in BACKENDS:
         config = EngineConfig(checkpoint="", backend=chosen, dtype="bfloat16", cache=cache)
         assert resolve_kv_cache_dtype(config, hardware, is_declared) == asked
 

@@ -40,7 +40,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """Sets what the kernel and CUDA say. `cgroup`: limit and usage, of which 1,000 bytes are page cache."""
 
     def set_up(
-        meminfo: str = MEMINFO, cgroup: tuple[str, str] | None = None, num_gpus: int = 0, free: int = 70
+        meminfo: str = MEMINFO,
+        cgroup: tuple[str, str] | None = None,
+        num_gpus: int = 0,
+        free: int = 70,
+        cores: tuple[int, ...] = (),
     ) -> None:
         files = {"/proc/meminfo": meminfo}
         if cgroup is not None:
@@ -52,6 +56,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
             (tmp_path / name[1:]).write_text(text)
         gpus = Gpus(num_gpus, free)
         monkeypatch.setattr(hardware, "Path", lambda name: tmp_path / name[1:])
+        monkeypatch.setattr(hardware, "available_cores", lambda: list(cores))
+        monkeypatch.setattr(hardware, "default_num_threads", lambda: max(1, len(cores) // 2))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         monkeypatch.setattr(torch.cuda, "set_device", gpus.set_device)
@@ -60,6 +66,21 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
 
     return set_up
+
+
+def test_ranks_share_the_cores(machine: Machine) -> None:
+    """Four physical cores and their siblings: a rank has a core's sibling, too."""
+    machine(cores=(0, 1, 2, 3, 4, 5, 6, 7))
+    alone = detect("cpu", ALONE)
+    assert (alone.cores, alone.num_cores) == ((0, 1, 2, 3, 4, 5, 6, 7), 4)
+    ranks = [detect("cpu", LaunchedRank(n, 2, n, 2)) for n in range(2)]
+    assert [(rank.cores, rank.num_cores) for rank in ranks] == [((0, 2, 4, 6), 2), ((1, 3, 5, 7), 2)]
+
+
+def test_more_ranks_than_cores_have_them_all(machine: Machine) -> None:
+    machine(cores=(5, 9))
+    rank = detect("cpu", LaunchedRank(3, 4, 3, 4))
+    assert (rank.cores, rank.num_cores) == ((5, 9), 1)
 
 
 def test_a_host_without_limits(machine: Machine) -> None:

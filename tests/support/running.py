@@ -17,8 +17,10 @@ TINY_CACHE_GIB = 0.02
 
 
 def tiny_config(directory: Path, kv_cache_memory: float = TINY_CACHE_GIB, **scheduler: int) -> EngineConfig:
+    """On the reference, whose tokens are transformers'."""
     return EngineConfig(
         checkpoint=str(directory),
+        backend="reference",
         device="cpu",
         cache=CacheConfig(kv_cache_memory=kv_cache_memory),
         scheduler=SchedulerConfig(**{"max_waiting": None} | scheduler),

@@ -68,6 +68,40 @@ struct nybble_paged_attention {
 };
 NYBBLE_API int nybble_paged_attention(nybble_pool *pool, const struct nybble_paged_attention *arguments);
 
+/* Of a layer. bias, query_norm and key_norm may be NULL. The columns of qkv are those of the hidden states, its
+   rows the heads of queries, keys and values. The first rotary_dim dimensions of a head are rotated. */
+struct nybble_attention_weights {
+    const struct nybble_matrix *qkv;
+    const float *norm;
+    const float *bias;
+    const float *query_norm;
+    const float *key_norm;
+    int64_t hidden_size;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t rotary_dim;
+    float norm_eps;
+    float query_eps;
+    float key_eps;
+};
+
+/* attention_input.c. hidden, update (or NULL), sum: [T, hidden_size]; query: [T, num_heads, head_dim]; cos, sin:
+   [T, rotary_dim / 2]; slots: [T]. sum may be hidden. */
+struct nybble_attention_input {
+    const struct nybble_attention_weights *weights;
+    const struct nybble_kv_cache *cache;
+    const float *hidden;
+    const float *update;
+    float *sum;
+    float *query;
+    const float *cos;
+    const float *sin;
+    const int64_t *slots;
+    int64_t tokens;
+};
+NYBBLE_API int nybble_attention_input(nybble_pool *pool, const struct nybble_attention_input *arguments);
+
 static inline int64_t nybble_padded(int64_t count)
 {
     return (count + NYBBLE_MOST_LANES - 1) / NYBBLE_MOST_LANES * NYBBLE_MOST_LANES;

@@ -1,0 +1,135 @@
+"""The operations on the native library, for hosts without a GPU.
+
+Activations are float32. FP4 weights stay FP4; of matrices that come as floats or FP8, cpu_matrix.py says what
+becomes. What a token gives depends on nothing but itself, its context and the weights: not on the rest of the
+step, on how its prompt is divided, or on the number of threads.
+
+`ReferenceOps` does what is left: the embedding's rows, adjustments and log-probabilities of logits, and picks
+from rows that top_k, top_p or min_p filter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.kernels.arithmetic import PLAIN, Arithmetic
+from nybble.kernels.cpu import kv_cache_layout
+from nybble.kernels.cpu.add_rms_norm import add_rms_norm
+from nybble.kernels.cpu.attention_input import attention_input
+from nybble.kernels.cpu.cpu_matrix import CpuMatrix, FloatForm, prepare
+from nybble.kernels.cpu.cpu_router import prepare_router
+from nybble.kernels.cpu.feed_forward import FeedForward
+from nybble.kernels.cpu.linear import linear
+from nybble.kernels.cpu.paged_attention import paged_attention
+from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.cpu.sampling import is_unfiltered, sample_unfiltered
+from nybble.kernels.logit_adjustments import LogitAdjustments
+from nybble.kernels.ops import (
+    AttentionBatch,
+    AttentionWeights,
+    DenseWeights,
+    Embedding,
+    KVCacheLayer,
+    MoeWeights,
+    RmsNorm,
+    RotaryAngles,
+    RouterWeights,
+    SamplingBatch,
+)
+from nybble.kernels.quantized_tensor import QuantizedTensor
+from nybble.kernels.reference_ops import ReferenceOps
+from nybble.kernels.token_logprobs import Logprobs
+
+
+class CpuOps:
+    """`Ops` whose weights are `CpuMatrix`. See `Ops` for every argument's shape."""
+
+    def __init__(self, pool: Pool, float_form: FloatForm = "int8", arithmetic: Arithmetic = PLAIN) -> None:
+        """float_form: of matrices that come as floats; arithmetic: of what the reference does."""
+        self._pool = pool
+        self._float_form: FloatForm = float_form
+        self._feed_forward = FeedForward(pool)
+        self._reference = ReferenceOps(torch.float32, arithmetic)
+
+    def prepare_weight(self, weight: Tensor | QuantizedTensor) -> CpuMatrix:
+        return prepare(weight, self._float_form)
+
+    def prepare_router(self, router: RouterWeights) -> RouterWeights:
+        return prepare_router(router)
+
+    def new_kv_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCacheLayer:
+        if device.type != "cpu":
+            raise ValueError(f"a KV cache on {device}: the native CPU backend has it in host memory")
+        return kv_cache_layout.new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype)
+
+    def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
+        return self._reference.embed(token_ids, embedding)
+
+    def attention_input(
+        self,
+        hidden: Tensor,
+        update: Tensor | None,
+        weights: AttentionWeights[CpuMatrix],
+        angles: RotaryAngles,
+        cache: KVCacheLayer,
+        slots: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return attention_input(self._pool, hidden, update, weights, angles, cache, slots)
+
+    def paged_attention(self, query: Tensor, cache: KVCacheLayer, batch: AttentionBatch) -> Tensor:
+        return paged_attention(self._pool, query, cache, batch)
+
+    def attention_output(self, attended: Tensor, weights: AttentionWeights[CpuMatrix]) -> Tensor:
+        return linear(self._pool, attended, weights.output)
+
+    def dense_mlp(
+        self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[CpuMatrix]
+    ) -> tuple[Tensor, Tensor]:
+        return self._feed_forward.dense_mlp(hidden, update, weights)
+
+    def moe(
+        self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[CpuMatrix]
+    ) -> tuple[Tensor, Tensor]:
+        return self._feed_forward.moe(hidden, update, weights)
+
+    def logits(self, hidden: Tensor, norm: RmsNorm, head: CpuMatrix) -> Tensor:
+        return linear(self._pool, self.rms_norm(hidden, norm), head)
+
+    def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        return add_rms_norm(self._pool, x, None, norm)[1]
+
+    def linear(self, x: Tensor, weight: CpuMatrix) -> Tensor:
+        return linear(self._pool, x, weight)
+
+    def adjust_logits(self, logits: Tensor, adjustments: LogitAdjustments) -> None:
+        self._reference.adjust_logits(logits, adjustments)
+
+    def token_logprobs(self, logits: Tensor, token_ids: Tensor, num_token_ids: int, num_top: int) -> Logprobs:
+        return self._reference.token_logprobs(logits, token_ids, num_token_ids, num_top)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
+        picks = sample_unfiltered(self._pool, logits, batch.temperatures, batch.draws, num_token_ids)
+        is_filtered = ~is_unfiltered(batch) & (batch.temperatures != 0)
+        if is_filtered.any():
+            rows = is_filtered.nonzero().squeeze(1)
+            picks[rows] = self._reference.sample(logits[rows], _rows_of(batch, rows), num_token_ids)
+        return picks
+
+
+def _rows_of(batch: SamplingBatch, rows: Tensor) -> SamplingBatch:
+    return SamplingBatch(
+        temperatures=batch.temperatures[rows],
+        top_ks=batch.top_ks[rows],
+        top_ps=batch.top_ps[rows],
+        min_ps=batch.min_ps[rows],
+        draws=batch.draws[rows],
+    )
