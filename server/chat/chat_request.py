@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import msgspec
 
+from nybble.engine.grammar.grammar import Grammar
 from nybble.engine.messages import SamplingParams
-from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError, ContinuationError
+from nybble.engine.tokenizer import ChatPrompt, ChatTemplateError, ContinuationError, Tokenizer
 from nybble.server.chat.chat_messages import template_messages
 from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.chat.thinking import ends_in_thought, has_thinking, template_options, thinking_budget
 from nybble.server.chat.tools import Tools, check_tools, offered_tools
 from nybble.server.errors import BadRequestError, UnprocessableError
+from nybble.server.grammars.call_grammar import call_grammar
 from nybble.server.requests.grammar_request import asked_grammar, coming_thought
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
@@ -32,7 +34,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prediction": (),
     "prompt_logprobs": (),
     "skip_special_tokens": (True,),
-    "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
@@ -88,7 +89,7 @@ def prepare_chat_request(
     return ChatRequest(
         prompt_token_ids=prompt_token_ids,
         sampling=msgspec.structs.replace(
-            _sampling(request, model, prompt_token_ids),
+            _sampling(request, model, prompt_token_ids, tools),
             thinking_budget=thinking_budget(request, model.tokenizer, prompt.text),
         ),
         num_choices=request.n or 1,
@@ -161,7 +162,7 @@ def _check_combinations(request: ChatCompletionRequest) -> None:
 
 
 def _sampling(
-    request: ChatCompletionRequest, model: ServedModel, prompt_token_ids: tuple[int, ...]
+    request: ChatCompletionRequest, model: ServedModel, prompt_token_ids: tuple[int, ...], tools: Tools | None
 ) -> SamplingParams:
     return settle_sampling(
         request,
@@ -171,5 +172,21 @@ def _sampling(
         num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_field="messages",
         length_field="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
-        grammar=asked_grammar(request, coming_thought(model.tokenizer, prompt_token_ids)),
+        grammar=_grammar(request, model.tokenizer, prompt_token_ids, tools),
     )
+
+
+def _grammar(
+    request: ChatCompletionRequest,
+    tokenizer: Tokenizer,
+    prompt_token_ids: tuple[int, ...],
+    tools: Tools | None,
+) -> Grammar | None:
+    """The form that the answer must have, with its calls."""
+    thought = coming_thought(tokenizer, prompt_token_ids)
+    if tools is None:
+        return asked_grammar(request, thought)
+    grammar = call_grammar(tools, tokenizer, thought, content=asked_grammar(request, None))
+    if grammar is not None and request.ignore_eos:
+        raise BadRequestError(f"ignore_eos: not together with {grammar.parameter}", "ignore_eos")
+    return grammar

@@ -15,16 +15,54 @@ from nybble.server.chat.argument_types import ArgumentTypes
 from nybble.server.chat.tool_call_parser import CALL_TAGS, NAME
 from nybble.server.errors import BadRequestError
 from nybble.server.requests.request_body import split_location
-from nybble.server.requests.schemas import ChatCompletionRequest, Tool
+from nybble.server.requests.schemas import (
+    AllowedTools,
+    ChatCompletionRequest,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
+
+
+@dataclass(frozen=True)
+class OfferedTool:
+    """parameters: a JSON schema, None for no arguments; place: the request's field that has it."""
+
+    name: str
+    parameters: Any
+    is_strict: bool
+    place: str
 
 
 @dataclass(frozen=True)
 class Tools:
     """definitions: the request's objects as they came, key order included; is_parallel: whether an answer may
-    have several calls."""
+    have several calls; is_call_required: whether it must have one; names: what may be called, if not all."""
 
     definitions: Sequence[Mapping[str, Any]]
     is_parallel: bool
+    is_call_required: bool = False
+    names: frozenset[str] | None = None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether not every call, and every answer without one, is right."""
+        is_limited = self.is_call_required or self.names is not None
+        return is_limited or any(tool.is_strict for tool in self.callable)
+
+    @property
+    def callable(self) -> list[OfferedTool]:
+        functions = [tool["function"] for tool in self.definitions]
+        return [
+            OfferedTool(
+                name=function["name"],
+                parameters=function.get("parameters"),
+                is_strict=bool(function.get("strict")),
+                place=f"tools[{index}].function.parameters",
+            )
+            for index, function in enumerate(functions)
+            if self.names is None or function["name"] in self.names
+        ]
 
     def call_rules(self) -> CallRules:
         types = {
@@ -49,9 +87,7 @@ def check_tools(request: ChatCompletionRequest) -> None:
                 f"{param}.function.name: {function.name!r} occurs twice", f"{param}.function.name"
             )
         names.add(function.name)
-        if function.strict:
-            name = f"{param}.function.strict"
-            raise BadRequestError(f"{name}: not supported by this server", name, "unsupported_parameter")
+    _check_choice(request.tool_choice, names)
 
 
 def offered_tools(request: ChatCompletionRequest, tokenizer: Tokenizer) -> Tools | None:
@@ -65,7 +101,31 @@ def offered_tools(request: ChatCompletionRequest, tokenizer: Tokenizer) -> Tools
     if not all(map(tokenizer.has_token, CALL_TAGS)):
         message = "tools: not supported by this model: it has no tokens for tool calls"
         raise BadRequestError(message, "tools", "unsupported_parameter")
-    return Tools(request.tools, request.parallel_tool_calls is not False)
+    is_parallel = request.parallel_tool_calls is not False
+    match request.tool_choice:
+        case NamedTool(function=function):
+            names = frozenset({function.name})
+            return Tools(request.tools, is_parallel=False, is_call_required=True, names=names)
+        case AllowedTools(allowed_tools=allowed):
+            names = frozenset(tool.function.name for tool in allowed.tools)
+            return Tools(request.tools, is_parallel, allowed.mode == "required", names)
+        case choice:
+            return Tools(request.tools, is_parallel, is_call_required=choice == "required")
+
+
+def _check_choice(choice: ToolChoice | None, names: set[str]) -> None:
+    match choice:
+        case NamedTool(function=function):
+            wanted = [function.name]
+        case AllowedTools(allowed_tools=allowed):
+            wanted = [tool.function.name for tool in allowed.tools]
+        case _:
+            wanted = []
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise BadRequestError(f"tool_choice: there is no tool {unknown[0]!r} in tools", "tool_choice")
+    if choice == "required" and not names:
+        raise BadRequestError("tool_choice: 'required' needs tools", "tool_choice")
 
 
 def _converted(definition: Mapping[str, Any], param: str) -> Tool:

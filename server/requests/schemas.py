@@ -76,6 +76,28 @@ class Tool(Struct, frozen=True):
     function: FunctionDefinition
 
 
+class FunctionName(Struct, frozen=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, tag_field="type", tag="function"):
+    function: FunctionName
+
+
+class AllowedToolList(Struct, frozen=True):
+    """mode: as tool_choice, for these tools only."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Struct, frozen=True, tag_field="type", tag="allowed_tools"):
+    allowed_tools: AllowedToolList
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+
+
 class TemplateOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Variables of the chat template that a client may set: they change the prompt, so others are refused."""
 
@@ -117,6 +139,7 @@ class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
     thinking: ThinkingOptions | None = None
     thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
     tools: ToolDefinitions | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Not honoured yet, hence refused when set to anything but what does nothing.
     audio: Any = None
@@ -127,7 +150,6 @@ class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
     prediction: Any = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
-    tool_choice: Any = None
     use_beam_search: bool | None = None
     verbosity: Any = None
     web_search_options: Any = None

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_answer import ids, random_answer
 from tiny_tokenizer import tiny_tokenizer
 
 from nybble.engine.grammar.grammar import Grammar, Thought
@@ -32,31 +32,10 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
     return GrammarCompiler(directory)
 
 
-def ids(words: np.ndarray) -> list[int]:
-    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
-
-
 def end_of(tokenizer: Tokenizer) -> int:
     found = tokenizer.added_token_id("<|end|>")
     assert found is not None
     return found
-
-
-def follow(state: GrammarState, rng: random.Random, end: int, num_tokens: int) -> list[int]:
-    """Tokens by a model that knows nothing: any that is allowed, after num_tokens the end where it may be."""
-    token_ids: list[int] = []
-    while True:
-        words = state.allowed_words()
-        assert words is not None and state.failure is None
-        allowed = ids(words)
-        if end in allowed and (len(token_ids) > num_tokens or rng.random() < 0.3 or allowed == [end]):
-            return token_ids
-        # Past that, what closes comes first: an answer without an end says nothing.
-        closing = [t for t in (ord(c) for c in '"]}') if t in allowed]
-        is_late = len(token_ids) > num_tokens and closing and rng.random() < 0.8
-        token_ids.append(rng.choice(closing if is_late else [t for t in allowed if t != end]))
-        state.append(token_ids[-1])
-        assert len(token_ids) < 20 * num_tokens
 
 
 def text_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -117,7 +96,7 @@ def test_answers_to_generated_schemas_are_valid(
 ) -> None:
     grammar = Grammar(kind="json_schema", text=json.dumps(schema))
     end = end_of(tokenizer)
-    token_ids = follow(compiler.start(grammar, (end,)), random.Random(seed), end, num_tokens=60)
+    token_ids = random_answer(compiler.start(grammar, (end,)), random.Random(seed), end, num_tokens=60)
     jsonschema.Draft202012Validator(schema).validate(json.loads(text_of(tokenizer, token_ids)))
 
 
@@ -136,7 +115,7 @@ def test_answers_to_schemas_without_bounds_are_valid(
     end = end_of(tokenizer)
     for seed in range(5):
         state = compiler.start(Grammar(kind="json_schema", text=json.dumps(schema)), (end,))
-        text = text_of(tokenizer, follow(state, random.Random(seed), end, num_tokens=40))
+        text = text_of(tokenizer, random_answer(state, random.Random(seed), end, num_tokens=40))
         jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import write_tokenizer
 
+from nybble.engine.grammar.grammar import Thought
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.chat.chat_request import ChatRequest, parse_chat_request, prepare_chat_request
 from nybble.server.errors import BadRequestError, NotFoundError, UnprocessableError
@@ -155,12 +156,6 @@ _FUNCTION = {"name": "f", "parameters": {}}
         ({"functions": [_FUNCTION]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice"),
-        (
-            {"tools": [{"type": "function", "function": _FUNCTION | {"strict": True}}]},
-            "tools[0].function.strict",
-        ),
         ({"verbosity": "low"}, "verbosity"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
@@ -178,6 +173,50 @@ def test_an_unsupported_feature_is_refused(fields: dict[str, Any], param: str) -
         parse_chat_request(_body(**fields))
     assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
     assert caught.value.message.startswith(f"{param}: ")
+
+
+_TOOLS = [{"type": "function", "function": _FUNCTION}]
+_NAMED = {"type": "function", "function": {"name": "f"}}
+_JSON = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter", "content"),
+    [
+        ({"tools": _TOOLS}, None, None),
+        ({"tools": _TOOLS, "tool_choice": "required"}, "tool_choice", None),
+        ({"tools": _TOOLS, "tool_choice": _NAMED, "response_format": _JSON}, "tool_choice", None),
+        ({"tools": _TOOLS, "response_format": _JSON}, "tools", "response_format"),
+        ({"tools": _TOOLS, "response_format": _JSON, "tool_choice": "none"}, "response_format", None),
+        ({"tools": [_TOOLS[0] | {"function": _FUNCTION | {"strict": True}}]}, "tools", None),
+    ],
+)
+def test_the_form_of_an_answer_with_tools(
+    glm: ServedModel, fields: dict[str, Any], parameter: str | None, content: str | None
+) -> None:
+    """After the thought, which the prompt opens."""
+    grammar = _prepare(glm, **fields).sampling.grammar
+    assert (grammar and grammar.parameter) == parameter
+    if grammar is not None:
+        assert (grammar.content and grammar.content.parameter) == content
+        assert grammar.thought == Thought(end_token_id=glm.tokenizer.encode("</think>")[0])
+        with pytest.raises(BadRequestError, match=r"^ignore_eos: not together with"):
+            _prepare(glm, **fields, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ("any", "tool_choice"),
+        ({"type": "function"}, "tool_choice.function"),
+        ({"type": "custom", "custom": {"name": "f"}}, "tool_choice.type"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}, "tool_choice.allowed_tools.tools"),
+    ],
+)
+def test_a_choice_that_is_none_is_named(choice: Any, param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse_chat_request(_body(tools=_TOOLS, tool_choice=choice))
+    assert caught.value.param == param
 
 
 def test_a_refused_value_is_shown_in_short() -> None:

@@ -33,7 +33,6 @@ def _request(**fields: Any) -> ChatCompletionRequest:
         ([_tool("x" * 257)], "tools[0].function.name"),
         ([_tool(), _tool()], "tools[1].function.name"),
         ([_tool(parameters=[])], "tools[0].function.parameters"),
-        ([_tool(strict=True)], "tools[0].function.strict"),
     ],
 )
 def test_a_wrong_tool_is_named(tools: list[Any], param: str) -> None:
@@ -50,6 +49,62 @@ def test_tools_as_they_come(glm: ServedModel) -> None:
     tools = offered_tools(request, glm.tokenizer)
     assert tools and tools.is_parallel
     assert json.dumps(tools.definitions) == json.dumps(definitions)  # the order of keys too
+
+
+NAMED = {"type": "function", "function": {"name": "f"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    listed = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": listed}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_required", "is_parallel", "names"),
+    [
+        (None, False, True, {"f", "g"}),
+        ("auto", False, True, {"f", "g"}),
+        ("required", True, True, {"f", "g"}),
+        (NAMED, True, False, {"f"}),
+        (allowed("auto", "g"), False, True, {"g"}),
+        (allowed("required", "g", "f"), True, True, {"f", "g"}),
+    ],
+)
+def test_which_calls_are_asked_for(
+    glm: ServedModel, choice: Any, is_required: bool, is_parallel: bool, names: set[str]
+) -> None:
+    request = _request(tools=[_tool("f"), _tool("g")], tool_choice=choice)
+    check_tools(request)
+    tools = offered_tools(request, glm.tokenizer)
+    assert tools and (tools.is_call_required, tools.is_parallel) == (is_required, is_parallel)
+    assert {tool.name for tool in tools.callable} == names
+    assert tools.is_constrained is (choice not in (None, "auto"))
+    assert len(tools.definitions) == 2, "the prompt has all of them"
+
+
+def test_strict_tools_constrain_an_answer(glm: ServedModel) -> None:
+    tools = offered_tools(_request(tools=[_tool("f"), _tool("g", strict=True)]), glm.tokenizer)
+    assert tools and tools.is_constrained
+    assert [(tool.is_strict, tool.place) for tool in tools.callable] == [
+        (False, "tools[0].function.parameters"),
+        (True, "tools[1].function.parameters"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice"),
+    [
+        ([], "required"),
+        (None, "required"),
+        (None, NAMED),
+        ([_tool("g")], NAMED),
+        ([_tool("g")], allowed("auto", "g", "f")),
+    ],
+)
+def test_a_choice_of_no_tool_is_refused(tools: Any, choice: Any) -> None:
+    with pytest.raises(BadRequestError, match=r"^tool_choice: ") as caught:
+        check_tools(_request(tools=tools, tool_choice=choice))
+    assert caught.value.param == "tool_choice"
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": []}, {"tools": [_tool()], "tool_choice": "none"}])
