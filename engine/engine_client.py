@@ -6,26 +6,19 @@ import asyncio
 import logging
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from nybble.engine.answer_queue import AnswerQueues
 from nybble.engine.channel import FrameDecoder, encode_frame
 from nybble.engine.engine_config import EngineConfig
-from nybble.engine.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    NybbleError,
-    QueueFullError,
-    RequestFailedError,
-    RequestTimeoutError,
-)
+from nybble.engine.errors import EngineDeadError, NybbleError
 from nybble.engine.grammar.grammar_checker import GrammarChecker
 from nybble.engine.messages import (
     Abort,
     AnswerEvent,
-    EngineEvent,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -59,8 +52,10 @@ class EngineClient(Protocol):
     def is_alive(self) -> bool:
         """Whether a request could be run now."""
 
-    def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
-        """Run a request: one event when it is taken, then one a token. Closing the iterator early aborts it.
+    def generate(self, request: Request) -> AsyncGenerator[Sequence[AnswerEvent], None]:
+        """Run a request: one event when it is taken, then one a token; each time all that have come.
+
+        Closing the iterator early aborts it.
 
         Raises:
             InvalidRequestError: the engine refuses it.
@@ -95,7 +90,7 @@ class SubprocessEngine:
         self._grammars = GrammarChecker(config.checkpoint)
         self._can_restart = not is_launched()
         self.has_ended = asyncio.Event()
-        self._streams: dict[str, asyncio.Queue[EngineEvent | None]] = {}  # None: the engine died
+        self._answers = AnswerQueues()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -125,27 +120,23 @@ class SubprocessEngine:
             self._supervisor.cancel()
             with suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._fail_open_requests()
+        self._answers.fail_all()
         await self._end_process()
         await self._grammars.stop()
 
-    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[AnswerEvent], None]:
         if not self._is_alive:
             raise EngineDeadError("the engine is not running")
         if request.sampling.grammar is not None:
             await self._grammars.check(request.sampling.grammar)
-        queue: asyncio.Queue[EngineEvent | None] = asyncio.Queue()
-        self._streams[request.request_id] = queue
-        is_finished = False
+        queue = self._answers.open(request.request_id)
         try:
             self._send(request)
-            while not is_finished:
-                event = await queue.get()
-                is_finished = _is_last(event)
-                yield _answer_event(event)
+            while not queue.is_finished:
+                yield await queue.take()
         finally:
-            self._streams.pop(request.request_id, None)
-            if not is_finished:
+            self._answers.close(request.request_id)
+            if not queue.is_finished:
                 self._send(Abort(request_id=request.request_id))
 
     def _send(self, message: ToEngine) -> None:
@@ -201,7 +192,7 @@ class SubprocessEngine:
                 while True:
                     self._deliver(await reader.next())
             self._is_alive = False
-            num_lost = self._fail_open_requests()
+            num_lost = self._answers.fail_all()
             await self._end_process()
             logger.error("the engine died; %d open requests were lost", num_lost)
             if not self._can_restart:
@@ -239,14 +230,7 @@ class SubprocessEngine:
         if isinstance(message, EngineFailed):
             logger.error("the engine cannot go on: %s", message.message)
         elif isinstance(message, TokenEvent | RequestAccepted | RequestFailed | RequestRefused):
-            queue = self._streams.get(message.request_id)  # None: aborted meanwhile
-            if queue is not None:
-                queue.put_nowait(message)
-
-    def _fail_open_requests(self) -> int:
-        for queue in self._streams.values():
-            queue.put_nowait(None)
-        return len(self._streams)
+            self._answers.put(message)
 
     async def _end_process(self) -> None:
         """Close the connection, which tells the engine to end; if it does not, end it."""
@@ -301,24 +285,3 @@ async def _unless_ended(
 
 def _identity(ready: EngineReady) -> tuple[int, int, tuple[int, ...]]:
     return ready.vocab_size, ready.max_model_len, ready.eos_token_ids
-
-
-def _is_last(event: EngineEvent | None) -> bool:
-    match event:
-        case TokenEvent():
-            return event.finish_reason is not None
-        case RequestAccepted():
-            return False
-    return True
-
-
-def _answer_event(event: EngineEvent | None) -> AnswerEvent:
-    if event is None:
-        raise EngineDeadError("the engine stopped before the request was finished; send it again")
-    if isinstance(event, RequestRefused):
-        if event.retry_after is not None:
-            raise QueueFullError(event.message, event.retry_after)
-        raise InvalidRequestError(event.message, event.parameter or "")
-    if isinstance(event, RequestFailed):
-        raise (RequestTimeoutError if event.kind == "timeout" else RequestFailedError)(event.message)
-    return event

@@ -188,7 +188,7 @@ class _Answer:
     num_cached_tokens: int = 0
 
     def take(self, event: TokenEvent) -> None:
-        delta = self.stream.feed(event)
+        delta = self.stream.feed([event])
         self.message.add(delta)
         self.token_ids.append(event.token_id)
         self.finish_reason = delta.finish_reason

@@ -86,8 +86,8 @@ class Readiness:
             tenant=_TENANT,
             cache_salt=_TENANT,
         )
-        async with aclosing(self._engine.generate(request)) as events:
-            async for _ in events:
+        async with aclosing(self._engine.generate(request)) as groups:
+            async for _ in groups:
                 pass
 
 

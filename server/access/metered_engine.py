@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -47,25 +47,32 @@ class MeteredEngine:
     def is_alive(self) -> bool:
         return self._engine.is_alive
 
-    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[AnswerEvent], None]:
         name, prompt = self._visit.name, request.prompt_token_ids
         own = msgspec.structs.replace(request, tenant=name, cache_salt=own_salt(name, request.cache_salt))
         has_limit = not self._may_fill_context(len(prompt), request.sampling.max_tokens)
         is_first = True
-        async with aclosing(self._engine.generate(own)) as events:
-            async for event in events:
-                if not isinstance(event, TokenEvent):
-                    yield event
-                    continue
-                if is_first:
-                    self._charge_prompt(prompt, event.num_cached_tokens)
-                    is_first = False
-                self._visit.charge_token()
-                if has_limit or event.finish_reason is not None or self._visit.reserve_token():
-                    yield event
-                else:
-                    yield msgspec.structs.replace(event, finish_reason="length")
-                    return
+        async with aclosing(self._engine.generate(own)) as groups:
+            async for events in groups:
+                charged = list[AnswerEvent]()
+                for event in events:
+                    if isinstance(event, TokenEvent):
+                        if is_first:
+                            self._charge_prompt(prompt, event.num_cached_tokens)
+                            is_first = False
+                        event = self._charge_token(event, has_limit)
+                    charged.append(event)
+                    if isinstance(event, TokenEvent) and event.finish_reason is not None:
+                        yield charged
+                        return
+                yield charged
+
+    def _charge_token(self, event: TokenEvent, has_limit: bool) -> TokenEvent:
+        """Returns it as the last one where the next would be beyond a limit."""
+        self._visit.charge_token()
+        if has_limit or event.finish_reason is not None or self._visit.reserve_token():
+            return event
+        return msgspec.structs.replace(event, finish_reason="length")
 
     def _charge_prompt(self, prompt: tuple[int, ...], num_cached: int) -> None:
         if self._uncharged[prompt]:

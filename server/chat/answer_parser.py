@@ -73,7 +73,7 @@ class AnswerParser:
         return self._state == "thought"
 
     def feed(self, text: str) -> list[Piece]:
-        return _joined(self._take_all(self._splitter.feed(text)))
+        return joined_pieces(self._take_all(self._splitter.feed(text)))
 
     def finish(self, is_cut: bool = False) -> list[Piece]:
         """The text ended; is_cut: not by the model."""
@@ -82,7 +82,7 @@ class AnswerParser:
             pieces += self._end_call(self._call, is_cut)
         if self._state != "thought" and self._space and not self.is_over:
             pieces.append(Content(self._space))
-        return _joined(pieces)
+        return joined_pieces(pieces)
 
     def _take_all(self, parts: Iterable[str]) -> Iterator[Piece]:
         for part in parts:
@@ -176,7 +176,7 @@ class AnswerParser:
                 yield kept
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+def joined_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbours of one kind as one."""
     joined: list[Piece] = []
     for piece in pieces:

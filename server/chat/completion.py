@@ -90,19 +90,21 @@ class Completion:
             explain_cache=asked.explain_cache and number == 0,
         )
         token_ids, texts = list[int](), list[str]()
-        async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                if not isinstance(event, TokenEvent):
+        async with aclosing(self._engine.generate(request)) as groups:
+            async for events in groups:
+                tokens = [event for event in events if isinstance(event, TokenEvent)]
+                if len(tokens) < len(events):
                     self.accepted.set()
+                if not tokens:
                     continue
-                self._timer.note_token(event, ends_prompt=number == 0 and not token_ids)
-                self._num_completion += 1
+                self._timer.note_token(tokens[0], ends_prompt=number == 0 and not token_ids)
                 if number == 0:  # the others find what it has computed
-                    self._num_cached = event.num_cached_tokens
-                    self._explanation = self._explanation or event.cache_explanation
-                delta = answer.feed(event)
-                self._num_reasoning += delta.is_reasoning_token
-                token_ids.append(event.token_id)
+                    self._num_cached = tokens[0].num_cached_tokens
+                    self._explanation = self._explanation or tokens[0].cache_explanation
+                delta = answer.feed(tokens)
+                self._num_completion += delta.num_tokens
+                self._num_reasoning += delta.num_reasoning_tokens
+                token_ids += [event.token_id for event in tokens[: delta.num_tokens]]
                 texts.append(delta.text)
                 if delta.finish_reason is not None:
                     text = "".join(texts)

@@ -94,18 +94,20 @@ class TextCompletionRun:
             deadline=self._time_left(),
             cache_salt=job.cache_salt,
         )
-        async with aclosing(self._engine.generate(request)) as events:
+        async with aclosing(self._engine.generate(request)) as groups:
             is_first = number == 0  # the others find what it has computed
-            async for event in events:
-                if not isinstance(event, TokenEvent):
+            async for events in groups:
+                tokens = [event for event in events if isinstance(event, TokenEvent)]
+                if len(tokens) < len(events):
                     self._note_accepted(is_first)
+                if not tokens:
                     continue
-                self._timer.note_token(event, ends_prompt=is_first)
-                self._num_completion += 1
+                self._timer.note_token(tokens[0], ends_prompt=is_first)
                 if number == 0:
-                    self._num_cached[place] = event.num_cached_tokens
+                    self._num_cached[place] = tokens[0].num_cached_tokens
                     is_first = False
-                delta = text_stream.feed(event)
+                delta = text_stream.feed_all(tokens)
+                self._num_completion += delta.num_tokens
                 yield delta
                 if delta.finish_reason is not None:
                     return

@@ -15,11 +15,12 @@ from nybble.server.text.stop_strings import StopStringMatcher
 
 
 class Delta(Struct, frozen=True):  # one is made for each token: a dataclass takes several times as long
-    """The next piece of an answer. Its last piece carries the finish reason."""
+    """The next piece of an answer. Its last piece carries the finish reason. num_tokens: that were read."""
 
     text: str
     logprobs: tuple[LogprobEntry, ...]
     finish_reason: FinishReason | None
+    num_tokens: int = 1
 
 
 class TextStream:
@@ -36,6 +37,20 @@ class TextStream:
         self._num_decoded = 0  # characters
         self._num_released = 0
         self._pending: deque[tuple[int, LogprobEntry]] = deque()  # with the text's first character
+
+    def feed_all(self, events: Sequence[TokenEvent]) -> Delta:
+        """What several tokens add together. Those after the end of the answer are not read."""
+        deltas = []
+        for event in events:
+            deltas.append(self.feed(event))
+            if deltas[-1].finish_reason is not None:
+                break
+        return Delta(
+            text="".join(delta.text for delta in deltas),
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+            finish_reason=deltas[-1].finish_reason,
+            num_tokens=len(deltas),
+        )
 
     def feed(self, event: TokenEvent) -> Delta:
         unfinished, own = self._detokenizer.feed(event.token_id)

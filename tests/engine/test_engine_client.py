@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -70,13 +70,13 @@ def drive(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def collect(engine: SubprocessEngine, item: Request) -> list[int]:
-    events = [event async for event in engine.generate(item)]
+    events = [event async for group in engine.generate(item) for event in group]
     assert isinstance(events[0], RequestAccepted)
     return [event.token_id for event in events if isinstance(event, TokenEvent)]
 
 
-async def first_token(events: AsyncGenerator[AnswerEvent, None]) -> None:
-    while not isinstance(await anext(events), TokenEvent):
+async def first_token(groups: AsyncGenerator[Sequence[AnswerEvent], None]) -> None:
+    while not any(isinstance(event, TokenEvent) for event in await anext(groups)):
         pass
 
 
@@ -179,7 +179,7 @@ def test_idle_engine_uses_no_cpu(config: EngineConfig) -> None:
             await collect(engine, request("a", (1, 2, 3), 5))
             await until(lambda: is_idle(engine.stats))
             process = child()
-            await asyncio.sleep(0.1)  # its last word was sent just before it began to wait
+            await asyncio.sleep(1.0)  # it looks at its state once more, half a second after its last word
             before = process.cpu_times()
             await asyncio.sleep(1.0)
             after = process.cpu_times()

@@ -65,7 +65,7 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
         await engine.start()
         try:
             request = Request(request_id="a", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=3))
-            return [event async for event in engine.generate(request)]
+            return [event async for group in engine.generate(request) for event in group]
         finally:
             await engine.stop()
 

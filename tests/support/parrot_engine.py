@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from scripted_engine import scripted_logprobs
 
@@ -25,7 +25,7 @@ class ParrotEngine:
         self.stats: EngineStats | None = None
         self.last_token_time: float | None = None
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         token_ids = [*self._words(request), self._end_id]
         num_tokens = min(len(token_ids), request.sampling.max_tokens)
         for number, token_id in enumerate(token_ids[:num_tokens], 1):
@@ -33,13 +33,14 @@ class ParrotEngine:
             self.last_token_time = time.monotonic()
             num_top = request.sampling.num_logprobs
             end = "stop" if number == len(token_ids) else "length"
-            yield TokenEvent(
+            event = TokenEvent(
                 request_id=request.request_id,
                 token_id=token_id,
                 logprobs=None if num_top is None else scripted_logprobs(token_id, num_top),
                 finish_reason=end if number == num_tokens else None,
                 num_cached_tokens=0,
             )
+            yield [event]
 
     def _words(self, request: Request) -> tuple[int, ...]:
         prompt = self._tokenizer.decode(request.prompt_token_ids)

@@ -41,7 +41,14 @@ class Accept:
     """Says that the request was taken."""
 
 
-Step = int | Emit | Pause | Accept | Exception
+@dataclass(frozen=True)
+class Together:
+    """Tokens that come at once."""
+
+    tokens: Sequence[Emit | int]
+
+
+Step = Together | int | Emit | Pause | Accept | Exception
 
 
 class ScriptedEngine:
@@ -74,7 +81,7 @@ class ScriptedEngine:
         """From the next request on."""
         self._script, self._finish_reason = script, finish_reason
 
-    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[AnswerEvent], None]:
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
         self.requests.append(request)
@@ -87,19 +94,28 @@ class ScriptedEngine:
                         step.reached.set()
                         await step.resumed.wait()
                     case Accept():
-                        yield RequestAccepted(request_id=request.request_id)
+                        yield [RequestAccepted(request_id=request.request_id)]
                     case Exception():
                         is_finished = True
                         self.is_alive = not isinstance(step, EngineDeadError)
                         raise step
                     case Emit() | int():
-                        self.num_emitted += 1
-                        self.last_token_time = time.monotonic()
-                        yield self._event(request, step, is_last=is_finished)
+                        yield self._events(request, [step], is_finished)
+                    case Together(tokens):
+                        yield self._events(request, tokens, is_finished)
         finally:
             if not is_finished:
                 self.aborts.append(request.request_id)
                 self.aborted.set()
+
+    def _events(self, request: Request, tokens: Sequence[Emit | int], is_last: bool) -> list[TokenEvent]:
+        self.num_emitted += len(tokens)
+        self.last_token_time = time.monotonic()
+        places = range(len(tokens))
+        return [
+            self._event(request, token, is_last and place == places[-1])
+            for place, token in zip(places, tokens, strict=True)
+        ]
 
     def _event(self, request: Request, step: Emit | int, is_last: bool) -> TokenEvent:
         token = step if isinstance(step, Emit) else Emit(step)

@@ -5,7 +5,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from scripted_engine import ScriptedEngine
+from scripted_engine import ScriptedEngine, Together
 
 from nybble.engine.messages import Request, SamplingParams, TokenEvent
 from nybble.server.access.account import Account
@@ -31,7 +31,7 @@ def run(engine: MeteredEngine, prompt: tuple[int, ...], max_tokens: int) -> list
         request = Request(
             request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens)
         )
-        return [event async for event in engine.generate(request)]
+        return [event async for group in engine.generate(request) for event in group]
 
     return asyncio.run(events())
 
@@ -101,3 +101,12 @@ def test_an_answer_within_its_own_limit_is_finished_whatever_the_day_has_left() 
     one = visit(tokens_per_day=12)
     engine = MeteredEngine(ScriptedEngine([65, 66]), one, [AskedPrompt((1,) * 10, 1, 2)], CONTEXT)
     assert [event.finish_reason for event in run(engine, (1,) * 10, 2)] == [None, "stop"]
+
+
+def test_an_answer_is_cut_within_tokens_that_come_together() -> None:
+    one = visit(tokens_per_day=13)
+    prompt = AskedPrompt((1,) * 10, 1, CONTEXT - 10)
+    engine = ScriptedEngine([Together([65] * 5), 66])
+    events = run(MeteredEngine(engine, one, [prompt], CONTEXT), prompt.token_ids, CONTEXT - 10)
+    assert [event.finish_reason for event in events] == [None, None, "length"]
+    assert used(one) == (10, 0, 3) and engine.aborts == ["r"]

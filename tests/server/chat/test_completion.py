@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec import UNSET
-from scripted_engine import Pause, ScriptedEngine, Step
+from scripted_engine import Pause, ScriptedEngine, Step, Together
 
 from nybble.engine.errors import EngineDeadError
 from nybble.engine.messages import SamplingParams
@@ -254,3 +254,19 @@ def test_length_within_a_call(glm: ServedModel) -> None:
     assert choice.finish_reason == "length"
     assert choice.message.tool_calls is not UNSET
     assert [c.function.arguments for c in choice.message.tool_calls] == [""]
+
+
+def test_tokens_that_come_together_are_one_chunk(model: ServedModel) -> None:
+    engine = ScriptedEngine([65, Together([66, 67]), 68], "length")
+    chunks = _chunks(engine, model, include_usage=True)
+    contents = [choice.delta.content for chunk in chunks for choice in chunk.choices]
+    assert contents == ["", "A", "BC", "D", UNSET]
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 4
+
+
+def test_tokens_after_a_stop_string_are_not_counted(model: ServedModel) -> None:
+    engine = ScriptedEngine([65, Together([66, 67, 68]), 69])
+    chunks = _chunks(engine, model, include_usage=True, stop_strings=("C",))
+    assert [choice.delta.content for chunk in chunks for choice in chunk.choices] == ["", "A", "B", UNSET]
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 3
+    assert engine.aborts

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,14 +168,13 @@ class _LocalEngine:
         self._engine = Engine(self._runner, scheduler, EngineLimits(4096, 50_000, 16))
         self.prompts: list[tuple[int, ...]] = []
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         self._runner.num_prompt_tokens = len(request.prompt_token_ids)
         self.prompts.append(request.prompt_token_ids)
         self._engine.add(request)
         while self._engine.has_work:
-            for event in self._engine.step():
-                assert isinstance(event, TokenEvent)
-                yield event
+            events = self._engine.step()
+            yield [event for event in events if isinstance(event, TokenEvent)]
 
 
 def _misspelled_words(tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import httpx
@@ -148,10 +148,10 @@ class _AcceptingEngine(ScriptedEngine):
         self._permits.release()
         await self._accepted.acquire()
 
-    async def generate(self, request: Request) -> AsyncGenerator[AnswerEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[AnswerEvent], None]:
         await self._permits.acquire()
         self._accepted.release()
-        yield RequestAccepted(request_id=request.request_id)
+        yield [RequestAccepted(request_id=request.request_id)]
         await asyncio.Event().wait()
 
 

@@ -177,3 +177,15 @@ def test_no_entry_beyond_the_stop_after_an_unfinished_character(
     ]
     assert (deltas[1].text, deltas[1].finish_reason) == ("\ufffd", last)
     assert [bytes(entry.bytes) for entry in deltas[1].logprobs] == [b"\xe2"]
+
+
+def test_tokens_together_are_what_they_are_one_by_one(tokenizer: Tokenizer) -> None:
+    token_ids = [*"é<stop>".encode()]
+    events = [_event(token_id, None, 1) for token_id in token_ids]
+    one_by_one = TextStream(tokenizer, ["op"])
+    deltas = [one_by_one.feed(event) for event in events[:-1]]
+    delta = TextStream(tokenizer, ["op"]).feed_all(events)
+    assert (delta.text, delta.finish_reason, delta.num_tokens) == ("é<st", "stop", len(deltas))
+    assert delta.text == "".join(each.text for each in deltas)
+    assert delta.logprobs == tuple(entry for each in deltas for entry in each.logprobs)
+    assert deltas[-1].finish_reason == "stop"
