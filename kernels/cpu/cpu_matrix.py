@@ -8,7 +8,6 @@ for each 32 columns, or as bfloat16.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -17,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.kernels.quantized_tensor import NVFP4, NVFP4_DIVIDED, QuantizedTensor, unpack_codes
+from nybble.kernels.cpu.native_library import native_library
+from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.quantized_tensor import MXFP4, QuantizedTensor, unpack_codes
 
 TILE_ROWS, BLOCK_COLUMNS = 16, 32
 FloatForm = Literal["int8", "bf16"]
-_ROWS_AT_ONCE = 64 * TILE_ROWS  # that are float32 at a time while they are quantized
 
 
 class Kind(IntEnum):
@@ -52,6 +52,33 @@ class _NativeMatrix(ctypes.Structure):
         ("num_rows", ctypes.c_int64),
         ("num_columns", ctypes.c_int64),
         ("kind", ctypes.c_int64),
+    )
+
+
+class _Pack(ctypes.Structure):
+    """struct nybble_pack."""
+
+    _fields_ = (
+        ("matrix", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("source_scales", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("num_row_scales", ctypes.c_int64),
+    )
+
+
+class _PackInt8(ctypes.Structure):
+    """struct nybble_pack_int8."""
+
+    _fields_ = (
+        ("matrix", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("row_scales", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("is_bfloat16", ctypes.c_int64),
     )
 
 
@@ -100,8 +127,12 @@ class CpuMatrix:
         return self.codes.nbytes + self.scales.nbytes + self.row_scales.nbytes
 
 
-def prepare(weight: Tensor | QuantizedTensor, float_form: FloatForm = "int8") -> CpuMatrix:
+def prepare(
+    weight: Tensor | QuantizedTensor, float_form: FloatForm = "int8", pool: Pool | None = None
+) -> CpuMatrix:
     """A matrix [N, K] or a stack [E, N, K]. FP4 stays FP4; float_form says what all else becomes.
+
+    pool: whose threads share the work; by default the caller's does it.
 
     Raises:
         ValueError: it has another number of dimensions, or none of something, or is not on the CPU.
@@ -114,36 +145,23 @@ def prepare(weight: Tensor | QuantizedTensor, float_form: FloatForm = "int8") ->
     device = weight.codes.device if isinstance(weight, QuantizedTensor) else weight.device
     if device.type != "cpu":
         raise ValueError(f"a weight is on {device}; the native CPU backend takes weights on the CPU")
-    kind = _kind_of(weight, float_form)
-    matrix = _empty(kind, shape)
-    for index in range(matrix.num_matrices):
-        one = weight[index] if len(shape) == 3 else weight
-        if isinstance(one, QuantizedTensor) and one.format.bits == 4:
-            _write_fp4(one, matrix, index)
-        else:
-            _write_floats(one, matrix, index)
-    return matrix
+    if isinstance(weight, QuantizedTensor) and weight.format.bits == 4:
+        return _prepare_fp4(weight, pool)
+    floats = weight.dequantize(torch.bfloat16) if isinstance(weight, QuantizedTensor) else weight
+    return (
+        _prepare_int8(floats, pool) if float_form == "int8" else _pack(Kind.BFLOAT16, floats.bfloat16(), pool)
+    )
 
 
 def prepare_float32(weight: Tensor) -> CpuMatrix:
     """A float matrix [N, K] as float32, for products that must not be rounded: a router's."""
-    matrix = _empty(Kind.FLOAT32, tuple(weight.shape))
-    matrix.codes.view(torch.float32).copy_(
-        _float32_lines(weight.float()).view((*matrix.codes.shape[:-1], -1))
-    )
-    return matrix
+    return _pack(Kind.FLOAT32, weight.float(), None)
 
 
 def dequantize(matrix: CpuMatrix) -> Tensor:
     """float32 of the matrix's shape: exactly what it stands for."""
     weights = torch.stack([_dequantize_one(matrix, index) for index in range(matrix.num_matrices)])
     return weights[:, : matrix.num_rows, : matrix.num_columns].reshape(matrix.shape).contiguous()
-
-
-def _kind_of(weight: Tensor | QuantizedTensor, float_form: FloatForm) -> Kind:
-    if isinstance(weight, QuantizedTensor) and weight.format.bits == 4:
-        return Kind.FP4_BY_16 if weight.format in (NVFP4, NVFP4_DIVIDED) else Kind.FP4_BY_32
-    return Kind.INT8 if float_form == "int8" else Kind.BFLOAT16
 
 
 def _empty(kind: Kind, shape: tuple[int, ...]) -> CpuMatrix:
@@ -160,104 +178,75 @@ def _empty(kind: Kind, shape: tuple[int, ...]) -> CpuMatrix:
     )
 
 
-def _padded(part: Tensor, rows: int, columns: int) -> Tensor:
-    return F.pad(part, (0, columns - part.shape[1], 0, rows - part.shape[0])).contiguous()
-
-
-# FP4.
-
-
-def _write_fp4(weight: QuantizedTensor, matrix: CpuMatrix, index: int) -> None:
-    _, tiles, blocks, _ = matrix.codes.shape
-    rows, columns = tiles * TILE_ROWS, blocks * BLOCK_COLUMNS
-    block_scales, codes, is_nan = _positive(weight)
-    words = _padded(codes, rows, columns // 2).view(torch.int32)  # of 8 columns
-    lines = matrix.codes[index].view(torch.int32).view(tiles, -1, TILE_ROWS)
-    lines.copy_(words.view(tiles, TILE_ROWS, -1).transpose(1, 2))
-    scales = _padded(block_scales, rows, matrix.scales.shape[-1] // TILE_ROWS * blocks)
-    matrix.scales[index].view(tiles, -1, TILE_ROWS).copy_(scales.view(tiles, TILE_ROWS, -1).transpose(1, 2))
-    row_scales = (weight.row_factors() * _ROW_FACTORS[matrix.kind]).masked_fill(is_nan, torch.nan)
-    matrix.row_scales[index].copy_(F.pad(row_scales, (0, rows - len(row_scales))))
+def _prepare_fp4(weight: QuantizedTensor, pool: Pool | None) -> CpuMatrix:
+    kind = Kind.FP4_BY_32 if weight.format is MXFP4 else Kind.FP4_BY_16
+    codes, scales, is_nan = _positive(weight)
+    matrix = _pack(kind, codes, pool, scales, tuple(weight.shape))
+    row_scales = (weight.row_factors() * _ROW_FACTORS[kind]).masked_fill(is_nan, torch.nan)
+    padding = matrix.row_scales.shape[1] - matrix.num_rows
+    matrix.row_scales.copy_(F.pad(row_scales.view(matrix.num_matrices, -1), (0, padding)))
+    return matrix
 
 
 def _positive(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Block scales uint8 [N, blocks] without signs; codes that have them; which rows have a scale NaN."""
+    """Codes; block scales uint8 [..., N, blocks], whose signs they take; which rows have a scale NaN."""
     assert weight.block_scales is not None
     scales = weight.block_scales.view(torch.uint8)
-    if _SCALE_BYTES[_kind_of(weight, "int8")] == TILE_ROWS:  # E8M0 has no signs
-        return scales, weight.codes, (scales == 0xFF).any(dim=-1)
+    if weight.format is MXFP4:  # E8M0 has no signs
+        return weight.codes, scales, (scales == 0xFF).any(dim=-1)
     is_nan = ((scales & 0x7F) == 0x7F).any(dim=-1)
     is_negative = scales > 0x7F
     if not is_negative.any():
-        return scales, weight.codes, is_nan
+        return weight.codes, scales, is_nan
     flips = (is_negative * 0x88).to(torch.uint8).repeat_interleave(8, dim=-1)  # both codes of a byte
-    return scales & 0x7F, weight.codes ^ flips, is_nan
+    return weight.codes ^ flips, scales & 0x7F, is_nan
 
 
-# Floats.
+def _pack(
+    kind: Kind,
+    codes: Tensor,
+    pool: Pool | None,
+    scales: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> CpuMatrix:
+    """codes [..., N, bytes or numbers] as they are, in another place; without row scales."""
+    matrix = _empty(kind, shape or tuple(codes.shape))
+    codes = codes.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    arguments = _Pack(
+        matrix.address,
+        matrix.codes.data_ptr(),
+        matrix.scales.data_ptr(),
+        codes.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        codes.shape[-1] * codes.itemsize,
+        0 if scales is None else scales.shape[-1],
+    )
+    _run("nybble_pack", arguments, pool)
+    return matrix
 
 
-def _write_floats(weight: Tensor | QuantizedTensor, matrix: CpuMatrix, index: int) -> None:
-    for start, rows in _float_rows(weight):
-        tiles = slice(start // TILE_ROWS, -(-(start + len(rows)) // TILE_ROWS))
-        if matrix.kind is Kind.BFLOAT16:
-            lines = _pair_lines(rows.bfloat16()).view(torch.uint8)
-        else:
-            codes, scales, row_scales = _quantized(rows)
-            lines = _int8_lines(codes)
-            matrix.scales[index, tiles].copy_(scales)
-            matrix.row_scales[index, tiles.start * TILE_ROWS : tiles.stop * TILE_ROWS].copy_(row_scales)
-        matrix.codes[index, tiles].copy_(lines.reshape(matrix.codes[index, tiles].shape))
+def _prepare_int8(weight: Tensor, pool: Pool | None) -> CpuMatrix:
+    matrix = _empty(Kind.INT8, tuple(weight.shape))
+    is_bfloat16 = weight.dtype == torch.bfloat16
+    source = (weight if is_bfloat16 else weight.float()).contiguous()
+    arguments = _PackInt8(
+        matrix.address,
+        matrix.codes.data_ptr(),
+        matrix.scales.data_ptr(),
+        matrix.row_scales.data_ptr(),
+        source.data_ptr(),
+        is_bfloat16,
+    )
+    _run("nybble_pack_int8", arguments, pool)
+    return matrix
 
 
-def _float_rows(weight: Tensor | QuantizedTensor) -> Iterator[tuple[int, Tensor]]:
-    """A matrix as float32 [up to _ROWS_AT_ONCE, K], with the number of the first row."""
-    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        if isinstance(weight, Tensor):
-            yield start, weight[rows].float()
-        else:
-            assert weight.global_scales is not None  # as FP8 has, and no block scales
-            yield start, weight.codes[rows].float() * weight.global_scales[rows].unsqueeze(-1)
-
-
-def _blocks(rows: Tensor) -> Tensor:
-    """[tiles, 16, blocks, 32] of rows [n, K], padded with zeros."""
-    tiles, blocks = -(-rows.shape[0] // TILE_ROWS), -(-rows.shape[1] // BLOCK_COLUMNS)
-    padded = _padded(rows, tiles * TILE_ROWS, blocks * BLOCK_COLUMNS)
-    return padded.view(tiles, TILE_ROWS, blocks, BLOCK_COLUMNS)
-
-
-def _quantized(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """codes uint8 [tiles, 16, blocks, 32]; float16 scales as uint8 [tiles, blocks, 32]; row scales [rows].
-
-    A row's largest block scale is its row scale, so that float16 is precise where it matters. Rows that have
-    a number that is not finite have row scale NaN.
-    """
-    blocks = _blocks(rows)
-    wanted = blocks.abs().amax(dim=-1) / 127  # [tiles, 16, blocks]
-    row_scales = wanted.amax(dim=-1)
-    ratios = (wanted / row_scales.masked_fill(row_scales == 0, 1).unsqueeze(-1)).nan_to_num().half()
-    steps = ratios.float() * row_scales.unsqueeze(-1)
-    levels = blocks / steps.masked_fill(steps == 0, torch.inf).unsqueeze(-1)
-    codes = (levels.nan_to_num().round().clamp(-127, 127) + 128).to(torch.uint8)
-    row_scales = row_scales.masked_fill(~row_scales.isfinite(), torch.nan)
-    return codes, ratios.transpose(1, 2).contiguous().view(torch.uint8), row_scales.flatten()
-
-
-def _int8_lines(codes: Tensor) -> Tensor:
-    """[tiles, blocks, 4 x (even, odd), 16 rows, 4] of codes [tiles, 16, blocks, 32]."""
-    return torch.unflatten(codes, -1, (4, 4, 2)).permute(0, 2, 3, 5, 1, 4)
-
-
-def _pair_lines(rows: Tensor) -> Tensor:
-    """[tiles, blocks, 16 pairs, 16 rows, 2] of rows [n, K]."""
-    return torch.unflatten(_blocks(rows), -1, (-1, 2)).permute(0, 2, 3, 1, 4).contiguous()
-
-
-def _float32_lines(rows: Tensor) -> Tensor:
-    """[tiles, blocks, 32 columns, 16 rows] of rows [n, K]."""
-    return _blocks(rows).permute(0, 2, 3, 1).contiguous()
+def _run(name: str, arguments: ctypes.Structure, pool: Pool | None) -> None:
+    if pool:
+        pool.run(pool.operation(name, type(arguments)), arguments)
+    else:
+        native_library().operation(name, type(arguments))(0, arguments)
 
 
 # The way back.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nybble.kernels.cpu.cpu_matrix import CpuMatrix
 from nybble.kernels.cpu.cpu_router import router_matrix
+from nybble.kernels.cpu.native_forms import NativeForms
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.tensor_pointer import pointer
 from nybble.kernels.ops import DenseWeights, MlpWeights, MoeWeights, RmsNorm, RouterWeights
@@ -62,11 +63,11 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A layer's structure, and what keeps alive all that it points to."""
+    """A layer's structure. The weights that it points to outlive it; `router` is a view of theirs."""
 
     layer: _Layer
     width: int
-    owners: tuple[object, ...]
+    router: CpuMatrix | None
 
     @property
     def address(self) -> int:
@@ -74,13 +75,13 @@ class _Prepared:
 
 
 class FeedForward:
-    """Dense and sparse layers of a pool. The structure for C is made when a layer is first seen, and kept."""
+    """Dense and sparse layers of a pool."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._operation = pool.operation("nybble_feed_forward", _Arguments)
-        # By identity of the weights, which are kept, so that no other object can have it.
-        self._layers: dict[int, _Prepared] = {}
+        self._dense = NativeForms(_prepare_dense)
+        self._sparse = NativeForms(_prepare_sparse)
 
     def dense_mlp(
         self, hidden: Tensor, update: Tensor | None, weights: DenseWeights[CpuMatrix]
@@ -90,9 +91,7 @@ class FeedForward:
         Raises:
             ValueError: a shape, dtype, device or layout is not as said.
         """
-        if id(weights) not in self._layers:
-            self._layers[id(weights)] = _prepare_dense(weights)
-        return self._run(self._layers[id(weights)], hidden, update)
+        return self._run(self._dense(weights), hidden, update)
 
     def moe(
         self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[CpuMatrix]
@@ -104,9 +103,7 @@ class FeedForward:
         Raises:
             ValueError: a shape, dtype, device or layout is not as said.
         """
-        if id(weights) not in self._layers:
-            self._layers[id(weights)] = _prepare_sparse(weights)
-        return self._run(self._layers[id(weights)], hidden, update)
+        return self._run(self._sparse(weights), hidden, update)
 
     def _run(self, prepared: _Prepared, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         shape = (hidden.shape[0], prepared.width)
@@ -127,7 +124,7 @@ def _prepare_dense(weights: DenseWeights[CpuMatrix]) -> _Prepared:
     layer = _Layer(
         norm_weight=_norm_pointer(weights.norm, width), mlp=_mlp(weights.mlp), eps=weights.norm.eps
     )
-    return _Prepared(layer, width, (weights,))
+    return _Prepared(layer, width, None)
 
 
 def _prepare_sparse(weights: MoeWeights[CpuMatrix]) -> _Prepared:
@@ -144,7 +141,7 @@ def _prepare_sparse(weights: MoeWeights[CpuMatrix]) -> _Prepared:
         first_expert=weights.first_expert,
         eps=weights.norm.eps,
     )
-    return _Prepared(layer, width, (weights, matrix))
+    return _Prepared(layer, width, matrix)
 
 
 def _check_mlp(name: str, mlp: MlpWeights[CpuMatrix], *, stacked: bool) -> int:

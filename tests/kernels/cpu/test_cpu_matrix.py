@@ -7,6 +7,7 @@ from cpu_weights import FP4_FORMATS, random_float, random_fp4, random_fp8, rando
 from poison import poisoned as poisoned
 
 from nybble.kernels.cpu.cpu_matrix import Kind, dequantize, prepare, prepare_float32
+from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.quantized_tensor import MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor
 
 SIZES = ((1, 32), (16, 64), (37, 96), (50, 160))
@@ -98,6 +99,29 @@ def test_float_forms(rows: int, columns: int) -> None:
     weight = random_float(rows, columns)
     assert torch.equal(dequantize(prepare(weight, "bf16")), weight.bfloat16().float())
     assert torch.equal(dequantize(prepare_float32(weight)), weight)
+
+
+def test_int8_of_other_floats() -> None:
+    weight = random_float(21, 75)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        given = weight.to(dtype)
+        assert torch.equal(dequantize(prepare(given)), dequantize(prepare(given.float())))
+
+
+def test_small_scales_beside_a_large_one() -> None:
+    """Where float16 has fewer bits, down to none, compared with the row's largest."""
+    weight = random_float(4, 32 * 6) * torch.logspace(0, -10, 6).repeat_interleave(32)
+    error = (dequantize(prepare(weight)) - weight).abs()
+    assert (error <= weight.abs().amax(dim=1, keepdim=True) * 4e-3).all()
+    assert (error[:, 32:64] <= weight[:, 32:64].abs().amax(dim=1, keepdim=True) * 5e-3).all()
+
+
+def test_threads_of_a_pool_do_the_same(pool: Pool) -> None:
+    for weight in (random_stack(NVFP4, 3, 70, 48), random_float(70, 50)):
+        alone, together = prepare(weight), prepare(weight, pool=pool)
+        assert torch.equal(alone.codes, together.codes)
+        assert torch.equal(alone.scales, together.scales)
+        assert torch.equal(alone.row_scales, together.row_scales)
 
 
 def test_bytes_of_a_weight() -> None:
