@@ -22,6 +22,7 @@ from nybble.engine.errors import (
 from nybble.engine.messages import (
     AnswerEvent,
     EngineEvent,
+    PromptLogprobs,
     RequestAccepted,
     RequestFailed,
     RequestRefused,
@@ -125,7 +126,7 @@ class AnswerQueue:
         if not answered:
             self.is_finished = True
             raise _failure(events[0])
-        self.is_new = self.is_new and isinstance(answered[-1], RequestAccepted)
+        self.is_new = self.is_new and not isinstance(answered[-1], TokenEvent)
         self.is_finished = _is_last(answered[-1])
         return answered
 
@@ -134,7 +135,7 @@ def _is_last(event: EngineEvent | None) -> bool:
     match event:
         case TokenEvent():
             return event.finish_reason is not None
-        case RequestAccepted():
+        case RequestAccepted() | PromptLogprobs():
             return False
     return True
 

@@ -20,6 +20,7 @@ from nybble.engine.grammar.grammar_compiler import GrammarCompiler
 from nybble.engine.grammar.grammar_state import GrammarState
 from nybble.engine.messages import (
     EngineStats,
+    PromptLogprobs,
     Request,
     RequestFailed,
     SamplingParams,
@@ -209,6 +210,7 @@ class Engine:
         """Note what a plan sampled that was launched at `start`."""
         drafts = self._speculator.draft(plan, sampled) if self._speculator else {}
         now = self._clock()
+        scores = _take_scores(plan)
         failed = self._end_failed(plan)
         events = self._scheduler.update(plan, sampled)
         self._scheduler.take_drafts(drafts)
@@ -218,7 +220,7 @@ class Engine:
             if event.finish_reason is not None:
                 self._deadlines.remove(event.request_id)
                 self._admission.note_completed(now)
-        return [*failed, *events]
+        return [*scores, *failed, *events]
 
     def _end_failed(self, plan: StepPlan) -> list[RequestFailed]:
         """End the requests of a step for which something else went wrong than the step."""
@@ -283,3 +285,11 @@ class Engine:
             )
         check_sampling(request.sampling, self._limits.num_token_ids)
         ContextLengthError.check(len(prompt), request.sampling.max_tokens, self._limits.max_model_len)
+
+
+def _take_scores(plan: StepPlan) -> list[PromptLogprobs]:
+    """What a plan has found of its prompts."""
+    if not plan.has_scores:
+        return []
+    found = ((chunk.request_id, chunk.scores.take()) for chunk in plan.chunks if chunk.scores)
+    return [PromptLogprobs(request_id=name, logprobs=logprobs) for name, logprobs in found if logprobs]

@@ -174,7 +174,8 @@ def _steps(
         for event in engine.step():
             if isinstance(event, RequestFailed):
                 raise BenchError(event.message)
-            events.append(event)
+            if isinstance(event, TokenEvent):
+                events.append(event)
         encode_frame(events)
         yield clock(), events
         open_ids -= {event.request_id for event in events if event.finish_reason is not None}

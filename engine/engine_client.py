@@ -23,6 +23,7 @@ from nybble.engine.messages import (
     EngineReady,
     EngineStats,
     FromEngine,
+    PromptLogprobs,
     Request,
     RequestAccepted,
     RequestFailed,
@@ -229,7 +230,9 @@ class SubprocessEngine:
             self.last_token_time = time.monotonic()
         if isinstance(message, EngineFailed):
             logger.error("the engine cannot go on: %s", message.message)
-        elif isinstance(message, TokenEvent | RequestAccepted | RequestFailed | RequestRefused):
+        elif isinstance(
+            message, TokenEvent | PromptLogprobs | RequestAccepted | RequestFailed | RequestRefused
+        ):
             self._answers.put(message)
 
     async def _end_process(self) -> None:

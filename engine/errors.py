@@ -50,7 +50,7 @@ class ContextLengthError(InvalidRequestError):
     def check(cls, num_prompt_tokens: int, max_tokens: int, limit: int) -> None:
         """Raise unless a prompt and `max_tokens` of answer fit in a context of `limit` tokens."""
         known = f"This model's maximum context length is {limit} tokens"
-        if num_prompt_tokens >= limit:
+        if num_prompt_tokens + min(max_tokens, 1) > limit:
             message = f"{known}, and the prompt has {num_prompt_tokens}: no room is left for an answer"
             raise cls(message, "prompt")
         if num_prompt_tokens + max_tokens > limit:

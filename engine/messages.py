@@ -16,9 +16,11 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams(Struct, frozen=True, kw_only=True):
     """How the tokens of a request are chosen and when it ends.
 
+    max_tokens 0 computes the prompt only; the token of its one event is no part of an answer.
+
     temperature 0 (or below 1e-5) is greedy; top_k 0, top_p 1 and min_p 0 are off. Without a seed the
     engine draws one. num_logprobs None gives no logprobs, n >= 0 gives the chosen token's and those of
-    the n likeliest.
+    the n likeliest; num_prompt_logprobs the same for the prompt's tokens.
 
     Penalties and logit_bias, pairs of token id and number, are defined in `kernels/logit_adjustments.py`.
     allowed_token_ids, if given, are all that can come. Of bad_words, lists of tokens, none comes whole in an
@@ -41,6 +43,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     thinking_budget: ThinkingBudget | None = None
 
@@ -111,6 +114,13 @@ class TokenEvent(Struct, frozen=True, kw_only=True, tag=True, gc=False, omit_def
     num_cached_tokens: int
     cache_explanation: CacheExplanation | None = None
     queue_time: float | None = None
+
+
+class PromptLogprobs(Struct, frozen=True, kw_only=True, tag=True, gc=False):
+    """Of the next tokens of a request's prompt, from its second one on. All come before its first token."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 class RequestRefused(Struct, frozen=True, kw_only=True, tag=True):
@@ -213,7 +223,7 @@ class EngineStats(Struct, frozen=True, kw_only=True, tag=True):
 
 
 ToEngine = Request | Abort
-StepEvent = TokenEvent | RequestFailed
+StepEvent = TokenEvent | PromptLogprobs | RequestFailed
 EngineEvent = StepEvent | RequestAccepted | RequestRefused
-AnswerEvent = RequestAccepted | TokenEvent  # what a request that does not fail gets
+AnswerEvent = RequestAccepted | PromptLogprobs | TokenEvent  # what a request that does not fail gets
 FromEngine = EngineReady | EngineFailed | EngineEvent | EngineStats

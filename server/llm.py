@@ -125,7 +125,8 @@ class LLM:
                 for event in self._engine.step():
                     if isinstance(event, RequestFailed):
                         raise RequestFailedError(event.message)
-                    self._take(event, by_id[event.request_id])
+                    if isinstance(event, TokenEvent):
+                        self._take(event, by_id[event.request_id])
         except BaseException:  # a bad prompt or Ctrl-C must not leave the others running
             for request_id in by_id:
                 self._engine.abort(request_id)
@@ -138,6 +139,8 @@ class LLM:
         """Those to one prompt, of which the first leads the others."""
         if not 1 <= options.n <= MAX_CHOICES:
             raise InvalidRequestError(f"n is {options.n!r}, expected 1 to {MAX_CHOICES}", "n")
+        if options.max_tokens == 0:
+            raise InvalidRequestError("max_tokens is 0, expected 1 or more", "max_tokens")
         sampling = options.resolve(self._model, len(prompt.token_ids))
         first, *others = (
             Request(

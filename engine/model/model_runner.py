@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from nybble.engine.ranks.rank_group import Announced, RankGroup
-from nybble.engine.sampling.sampler import Draw, Sampler
-from nybble.engine.scheduling.step import SampledToken, StepInput, StepPlan, build_step_input, pack
+from nybble.engine.sampling.sampler import Sampler
+from nybble.engine.scheduling.step import (
+    SampledToken,
+    StepInput,
+    StepPlan,
+    build_step_input,
+    logit_places,
+    pack,
+)
 from nybble.kernels.ops import W
 
 # Gives, for each sampling chunk of a plan, its tokens, once they are there.
@@ -76,10 +83,23 @@ class ModelRunner(Generic[W]):
         if not self._group.is_alone:
             self._group.announce(Announced.STEP, pack(step))
         logits = self._worker.execute(step)
-        draw: Draw | None = None
-        if logits is not None:
-            draw = self._sampler.sample(logits, plan.sampling_chunks)
-        return lambda: [] if draw is None else draw.tokens()
+        if logits is None:
+            return lambda: []
+        if not plan.has_scores:
+            return self._sampler.sample(logits, plan.sampling_chunks).tokens
+        return self._score_and_sample(plan, logits)
+
+    def _score_and_sample(self, plan: StepPlan, logits: Tensor) -> Wait:
+        scored, sampled = logit_places(plan)
+        scoring = self._sampler.score(logits[scored], plan.chunks) if scored else None
+        draw = self._sampler.sample(logits[sampled], plan.sampling_chunks) if sampled else None
+
+        def wait() -> Sequence[tuple[SampledToken, ...]]:
+            if scoring is not None:
+                scoring.settle()
+            return [] if draw is None else draw.tokens()
+
+        return wait
 
     def is_sound(self) -> bool:
         """Whether plans can still be run, after one has failed: other ranks may be left in its middle."""

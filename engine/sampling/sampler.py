@@ -52,6 +52,17 @@ class Sampler(Generic[W]):
         picks = self._ops.sample(logits, batch, self._num_token_ids)
         return Draw(chunks, picks, None if asked is None else self._logprobs(asked, picks))
 
+    def score(self, logits: Tensor, chunks: Sequence[Chunk]) -> Scoring:
+        """Log-probabilities of tokens of prompts; waits for nothing either.
+
+        logits: float32 [S, V], a row for each position that a chunk scores.
+        """
+        following = [token_id for chunk in chunks for token_id in _following(chunk)]
+        counts = [chunk.scores.num_top for chunk in chunks if chunk.scores for _ in chunk.scored]
+        token_ids = torch.tensor(following, device=logits.device)
+        found = self._ops.token_logprobs(logits, token_ids, self._num_token_ids, max(counts))
+        return Scoring(chunks, _DrawnLogprobs(list(range(len(counts))), counts, found))
+
     def _logprobs(self, asked: _LogprobRows, picks: Tensor) -> _DrawnLogprobs:
         picks = picks if len(asked.rows) == len(picks) else picks[asked.rows]
         found = self._ops.token_logprobs(asked.logits, picks, self._num_token_ids, max(asked.counts))
@@ -72,6 +83,21 @@ class Draw:
         picks = self.picks.tolist()
         tokens = [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(picks)]
         return list(_accepted(self.chunks, tokens))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What was found of the prompts of some chunks, on a device that may be at work on it yet."""
+
+    chunks: Sequence[Chunk]
+    logprobs: _DrawnLogprobs
+
+    def settle(self) -> None:
+        """Give each chunk's to its `scores`, once the device has them."""
+        found = iter(self.logprobs.by_row().values())
+        for chunk in self.chunks:
+            if chunk.scores is not None:
+                chunk.scores.add(list(islice(found, len(chunk.scored))))
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,10 @@ class _LogprobRows:
     rows: list[int]
     counts: list[int]
     logits: Tensor
+
+
+def _following(chunk: Chunk) -> Sequence[int]:
+    return () if chunk.scores is None else chunk.scores.following(chunk.scored)
 
 
 def _sampling_of(chunk: Chunk) -> SamplingParams:

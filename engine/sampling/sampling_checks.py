@@ -30,9 +30,10 @@ def check_sampling(sampling: SamplingParams, num_token_ids: int) -> None:
 def _check_ranges(sampling: SamplingParams) -> None:
     p = sampling
     num_logprobs = 0 if p.num_logprobs is None else p.num_logprobs
+    num_prompt_logprobs = 0 if p.num_prompt_logprobs is None else p.num_prompt_logprobs
     # Comparisons with NaN are false.
     is_valid = {
-        "max_tokens": p.max_tokens >= 1,
+        "max_tokens": p.max_tokens >= 0,
         "min_tokens": 0 <= p.min_tokens <= p.max_tokens,
         "temperature": 0 <= p.temperature < math.inf,
         "top_k": 0 <= p.top_k < 1 << 31,
@@ -43,6 +44,7 @@ def _check_ranges(sampling: SamplingParams) -> None:
         "repetition_penalty": 0.01 <= p.repetition_penalty <= 5,
         "seed": p.seed is None or 0 <= p.seed < 1 << 63,
         "num_logprobs": 0 <= num_logprobs <= MAX_LOGPROBS,
+        "num_prompt_logprobs": 0 <= num_prompt_logprobs <= MAX_LOGPROBS,
     }
     for name, is_ok in is_valid.items():
         if not is_ok:

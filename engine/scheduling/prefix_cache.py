@@ -16,7 +16,7 @@ class PrefixCache:
         self._is_on = is_on
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the sequence, short of its last token, whose logits are wanted."""
+        """Cached blocks of the sequence, short of the first token whose logits are wanted."""
         if not self._is_on:
             return []
         return self._pool.find_prefix(sequence.block_hashes(self._num_findable(sequence)))
@@ -46,4 +46,4 @@ class PrefixCache:
         )
 
     def _num_findable(self, sequence: Sequence) -> int:
-        return (len(sequence.token_ids) - 1) // self._block_size
+        return sequence.num_reusable // self._block_size

@@ -248,7 +248,9 @@ class Scheduler:
                 can_admit = False
                 continue
             num_left = sequence.num_uncomputed - step.num_tokens.get(sequence, 0)
-            count = min(num_left, turn, step.left)
+            count = min(num_left, turn, step.most_for(sequence))
+            if not count:
+                return
             step.add(sequence, count)
             self._shares.charge(sequence.tenant, count)
             self._prompts.end_turn(sequence, num_left - count, can_admit)
@@ -294,6 +296,7 @@ class Scheduler:
             num_drafts=num_drafts,
             next_token_id=None if is_last else sequence.token_ids[start + count],
             rules=sequence.rules,
+            scores=sequence.scores if sequence.is_scoring else None,
         )
 
     def _advance(

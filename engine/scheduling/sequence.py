@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from nybble.engine.messages import CacheExplanation, FinishReason, Request, SamplingParams
 from nybble.engine.sampling.logit_rules import LogitRules
+from nybble.engine.sampling.prompt_scores import PromptScores
 from nybble.engine.scheduling.block_pool import hash_block, hash_salt
 from nybble.engine.scheduling.block_table import BlockTable
 
@@ -42,6 +43,8 @@ class Sequence:
         self.explains_cache = request.explain_cache
         self.cache_explanation: CacheExplanation | None = None  # until an event takes it
         self.queue_time: float | None = None  # seconds, until an event takes it
+        num_top = sampling.num_prompt_logprobs
+        self.scores = None if num_top is None else PromptScores(request.prompt_token_ids, num_top)
         self.finish_reason: FinishReason | None = None
         self.drafts: tuple[int, ...] = ()
         self.blocks = BlockTable()
@@ -58,6 +61,19 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.num_uncomputed == 1 and len(self.token_ids) > self.num_prompt_tokens
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be found."""
+        return self.scores is not None and not self.scores.is_complete
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens that need not be computed if their keys and values are cached: nobody wants their logits."""
+        num_done = len(self.token_ids)
+        if self.scores is not None and not self.scores.is_complete:
+            num_done = self.scores.num_scored
+        return num_done - 1
 
     @property
     def is_finished(self) -> bool:
@@ -115,7 +131,7 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.rules is not None:
             self.rules.append(token_id)
-        if token_id in self.sampling.stop_token_ids:
+        if token_id in self.sampling.stop_token_ids and self.sampling.max_tokens:
             self.finish_reason = "stop"
         elif self.num_output_tokens >= self.sampling.max_tokens:
             self.finish_reason = "length"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.sampling.logit_rules import LogitRules
+from nybble.engine.sampling.prompt_scores import PromptScores
 from nybble.kernels.ops import AttentionBatch
 
 # Structs, since a step makes hundreds of them: a frozen dataclass took 1.5 us to make, twenty times as long.
@@ -23,11 +24,10 @@ class Chunk(Struct, frozen=True, gc=False):
     """Consecutive tokens of one sequence to run in this step.
 
     start: position of the first token; blocks: the sequence's cache blocks, in order, as far as these tokens
-    reach;
-    sampling: how to choose the token that follows, or None while more of the prompt is to come;
+    reach; sampling: how to choose the token that follows, or None while more of the prompt is to come;
     num_drafts: how many of the last tokens are guesses of what will be sampled, to be verified. Only
     a chunk that samples has any; rules: what the request changes of its logits; next_token_id: what follows
-    the chunk, if it does not sample.
+    the chunk, if it does not sample; scores: what is found of the log-probabilities of the prompt, if wanted.
     """
 
     request_id: str
@@ -38,6 +38,14 @@ class Chunk(Struct, frozen=True, gc=False):
     num_drafts: int = 0
     rules: LogitRules | None = None
     next_token_id: int | None = None
+    scores: PromptScores | None = None
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits tell the log-probability of the prompt's next token."""
+        if self.scores is None:
+            return range(0)
+        return self.scores.positions(self.start, self.start + len(self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def has_scores(self) -> bool:
+        return any(chunk.scores is not None for chunk in self.chunks)
 
     @property
     def sampling_chunks(self) -> tuple[Chunk, ...]:
@@ -62,7 +74,8 @@ class SampledToken(Struct, frozen=True, gc=False):
 class StepInput:
     """token_ids, positions: int64 [T]; logit_rows: int64 [S'], the tokens whose logits are needed.
 
-    Of each chunk that samples, in order, those are the last one that is no draft, and the drafts.
+    Of each chunk, in order, those are what it scores, and if it samples the last one that is no draft, and
+    the drafts.
     """
 
     token_ids: Tensor
@@ -95,7 +108,6 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
     rows = np.repeat(np.arange(len(lengths)), lengths)  # sequence of each token
     blocks, offsets = np.divmod(positions, block_size)
     slots = tables[rows, blocks].astype(np.int64) * block_size + offsets
-    num_rows = np.array([0 if chunk.sampling is None else 1 + chunk.num_drafts for chunk in plan.chunks])
     token_ids = np.fromiter(chain.from_iterable([c.token_ids for c in plan.chunks]), np.int64, num_tokens)
 
     def tensor(values: np.ndarray, dtype: type) -> Tensor:
@@ -111,8 +123,20 @@ def build_step_input(plan: StepPlan, block_size: int) -> StepInput:
             slots=tensor(slots, np.int64),
             query_lengths=query_lengths,
         ),
-        logit_rows=tensor(_last_of_each(ends, num_rows), np.int64),
+        logit_rows=tensor(_logit_rows(plan, ends), np.int64),
     )
+
+
+def logit_places(plan: StepPlan) -> tuple[list[int], list[int]]:
+    """Which of a step's rows of logits score tokens of prompts, and which are sampled from."""
+    scored, sampled, end = list[int](), list[int](), 0
+    for chunk in plan.chunks:
+        start, end = end, end + len(chunk.scored)
+        scored += range(start, end)
+        if chunk.sampling is not None:
+            start, end = end, end + 1 + chunk.num_drafts
+            sampled += range(start, end)
+    return scored, sampled
 
 
 def pack(step: StepInput) -> Tensor:
@@ -147,6 +171,19 @@ def unpack(numbers: Tensor) -> StepInput:
         query_lengths=tuple(starts.diff().tolist()),
     )
     return StepInput(token_ids, positions, attention, rows)
+
+
+def _logit_rows(plan: StepPlan, ends: np.ndarray) -> np.ndarray:
+    """ends: of each chunk's tokens, among those of the step."""
+    num_rows = np.array([0 if chunk.sampling is None else 1 + chunk.num_drafts for chunk in plan.chunks])
+    sampled = _last_of_each(ends, num_rows)
+    if not plan.has_scores:
+        return sampled
+    places = [
+        np.array(chunk.scored, dtype=np.int64) - chunk.start - len(chunk.token_ids) + end
+        for chunk, end in zip(plan.chunks, ends, strict=True)
+    ]
+    return np.sort(np.concatenate([*places, sampled]))
 
 
 def _last_of_each(ends: np.ndarray, counts: np.ndarray) -> np.ndarray:

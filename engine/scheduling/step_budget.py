@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nybble.engine.sampling.prompt_scores import MAX_SCORES_IN_STEP
 from nybble.engine.scheduling.sequence import Sequence
 
 
@@ -13,6 +14,7 @@ class StepBudget:
 
     def __init__(self, budget: int, prompt_reserve: int) -> None:
         self.left = budget
+        self._scores_left = MAX_SCORES_IN_STEP
         self._prompt_reserve = prompt_reserve
         self.num_tokens: dict[Sequence, int] = {}
         self.num_drafts: dict[Sequence, int] = {}  # beyond those
@@ -21,7 +23,12 @@ class StepBudget:
     def left_for_decodes(self) -> int:
         return max(self.left - self._prompt_reserve, 0)
 
+    def most_for(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt there is room for."""
+        return min(self.left, self._scores_left) if sequence.is_scoring else self.left
+
     def add(self, sequence: Sequence, count: int) -> None:
+        self._scores_left -= count if sequence.is_scoring else 0
         self.num_tokens[sequence] = self.num_tokens.get(sequence, 0) + count
         self.left -= count
 

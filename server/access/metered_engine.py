@@ -60,7 +60,8 @@ class MeteredEngine:
                         if is_first:
                             self._charge_prompt(prompt, event.num_cached_tokens)
                             is_first = False
-                        event = self._charge_token(event, has_limit)
+                        if request.sampling.max_tokens:
+                            event = self._charge_token(event, has_limit)
                     charged.append(event)
                     if isinstance(event, TokenEvent) and event.finish_reason is not None:
                         yield charged

@@ -13,7 +13,12 @@ import msgspec
 
 from nybble.engine.messages import SamplingParams
 from nybble.server.errors import BadRequestError
-from nybble.server.requests.completion_schemas import MAX_PROMPTS, CompletionRequest, Prompt
+from nybble.server.requests.completion_schemas import (
+    MAX_PROMPT_LOGPROBS,
+    MAX_PROMPTS,
+    CompletionRequest,
+    Prompt,
+)
 from nybble.server.requests.grammar_request import asked_grammar, open_thought
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
@@ -42,6 +47,11 @@ class PromptToComplete:
     sampling: SamplingParams
     echo: str
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether the log-probabilities of its own tokens are wanted."""
+        return self.sampling.num_prompt_logprobs is not None
+
 
 @dataclass(frozen=True)
 class CompletionJob:
@@ -64,9 +74,6 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
     check_supported(request, _UNSUPPORTED)
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("stream_options: needs stream to be true", "stream_options")
-    if request.echo and request.logprobs is not None:
-        message = "logprobs: not supported together with echo"
-        raise BadRequestError(message, "logprobs", "unsupported_parameter")
     return request
 
 
@@ -85,8 +92,10 @@ def prepare_completion_request(request: CompletionRequest, model: ServedModel) -
             f"prompt: {len(prompts)} prompts with n = {num_choices} are more than {MAX_PROMPTS} answers",
             "prompt",
         )
+    prepared = tuple(_prepare(request, prompt, model) for prompt in prompts)
+    _check_scores(prepared)
     return CompletionJob(
-        prompts=tuple(_prepare(request, prompt, model) for prompt in prompts),
+        prompts=prepared,
         num_choices=num_choices,
         stop_strings=stop_strings(request),
         cache_salt=request.cache_salt or "",
@@ -96,6 +105,20 @@ def prepare_completion_request(request: CompletionRequest, model: ServedModel) -
         priority=request.priority or 0,
         timeout=request.timeout,
     )
+
+
+def _check_scores(prompts: Sequence[PromptToComplete]) -> None:
+    """Refuse more log-probabilities of prompts than a response should hold."""
+    count = sum(
+        len(prompt.token_ids) * (1 + prompt.sampling.num_prompt_logprobs)
+        for prompt in prompts
+        if prompt.sampling.num_prompt_logprobs is not None
+    )
+    if count > MAX_PROMPT_LOGPROBS:
+        raise BadRequestError(
+            f"logprobs: with echo these would be {count} numbers for the prompts, over {MAX_PROMPT_LOGPROBS}",
+            "logprobs",
+        )
 
 
 def _prompts(prompt: Prompt) -> Sequence[str | list[int]]:
@@ -124,11 +147,16 @@ def _prepare(request: CompletionRequest, prompt: str | list[int], model: ServedM
         request,
         model,
         len(token_ids),
-        max_tokens=request.max_tokens or min(DEFAULT_MAX_TOKENS, room),
+        max_tokens=min(DEFAULT_MAX_TOKENS, room) if request.max_tokens is None else request.max_tokens,
         num_logprobs=request.logprobs,
         prompt_field="prompt",
         length_field="max_tokens",
         grammar=asked_grammar(request, open_thought(tokenizer, token_ids)),
     )
     text = prompt if isinstance(prompt, str) else tokenizer.decode(token_ids)
-    return PromptToComplete(token_ids, sampling, text if request.echo else "")
+    if not request.echo:
+        return PromptToComplete(token_ids, sampling, "")
+    if request.logprobs is not None:
+        sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=request.logprobs)
+        text = tokenizer.decode(token_ids)  # special tokens that were added included, as in the lists
+    return PromptToComplete(token_ids, sampling, text)

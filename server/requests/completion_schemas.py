@@ -22,6 +22,7 @@ from nybble.server.requests.schemas import (
 )
 
 MAX_PROMPTS = 64
+MAX_PROMPT_LOGPROBS = 1 << 18  # of a request: for each token of its prompts one, and one for each alternative
 
 # A text, texts, token ids, or lists of token ids: msgspec knows one list in a union, so that a mixture is
 # found later.
@@ -31,6 +32,7 @@ Prompt = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)
 class CompletionRequest(FormFields, frozen=True, kw_only=True):
     model: str
     prompt: Prompt
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None
@@ -50,13 +52,14 @@ class CompletionRequest(FormFields, frozen=True, kw_only=True):
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """One entry a token in each list; text_offset: where its text begins, in characters of `text`. Of two
-    tokens with the same text in one of top_logprobs, the likelier is there."""
+    """One entry a token in each list, special ones too; text_offset: where its text begins, in characters of
+    `text`. The first token of a prompt that is echoed has no log-probabilities. top_logprobs has the
+    likeliest tokens and the one that came; of two with the same text, the likelier."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(Struct, frozen=True):

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from nybble.engine.engine_client import EngineClient
-from nybble.engine.messages import Request, TokenEvent
+from nybble.engine.messages import (
+    AnswerEvent,
+    PromptLogprobs,
+    Request,
+    RequestAccepted,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from nybble.server.access.prices import Prices
-from nybble.server.requests.completion_request import CompletionJob, PromptToComplete
-from nybble.server.requests.completion_schemas import CompletionChoice, CompletionLogprobs, TextCompletion
+from nybble.server.requests.completion_request import CompletionJob
+from nybble.server.requests.completion_schemas import CompletionChoice, TextCompletion
 from nybble.server.requests.sampling_options import choice_sampling
 from nybble.server.requests.schemas import (
     CompletionTokensDetails,
-    LogprobEntry,
     PromptTokensDetails,
     Timings,
     Usage,
 )
 from nybble.server.served_model import ServedModel
 from nybble.server.text.choices import run_all, run_choices
+from nybble.server.text.completion_choices import ChoiceShaper, GrowingChoice
 from nybble.server.text.request_timer import RequestTimer
 from nybble.server.text.text_stream import Delta, TextStream
 
@@ -49,10 +57,11 @@ class TextCompletionRun:
         self._num_accepted = 0  # prompts
         self._num_completion = 0
         self._num_cached = [0] * len(job.prompts)
+        self._scores: list[list[TokenLogprobs]] = [[] for _ in job.prompts]  # from its second token on
 
     async def whole(self) -> TextCompletion:
         """The answers in one piece: the same choices, folded."""
-        answers = [_Answer(number) for number in range(len(self._job.prompts) * self._job.num_choices)]
+        answers = [GrowingChoice(number) for number in range(len(self._job.prompts) * self._job.num_choices)]
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 answers[piece.index].add(piece)
@@ -72,12 +81,15 @@ class TextCompletionRun:
 
     async def _pieces(self) -> AsyncGenerator[CompletionChoice, None]:
         num_choices = self._job.num_choices
-        shapers = [_Shaper(self._job, prompt) for prompt in self._job.prompts for _ in range(num_choices)]
+        shapers = [
+            ChoiceShaper(place * num_choices + number, prompt, self._scores[place], self._model.tokenizer)
+            for place, prompt in enumerate(self._job.prompts)
+            for number in range(num_choices)
+        ]
         streams = [self._prompt(place) for place in range(len(self._job.prompts))]
         async with aclosing(run_all(streams)) as merged:
             async for place, (number, delta) in merged:
-                index = place * num_choices + number
-                yield shapers[index].choice(index, delta)
+                yield shapers[place * num_choices + number].choice(delta)
 
     def _prompt(self, place: int) -> AsyncGenerator[tuple[int, Delta], None]:
         """The pieces of one prompt's answers, each with the number of its choice."""
@@ -85,11 +97,13 @@ class TextCompletionRun:
 
     async def _choice(self, place: int, number: int) -> AsyncGenerator[Delta, None]:
         job, prompt = self._job, self._job.prompts[place]
-        text_stream = TextStream(self._model.tokenizer, job.stop_strings, prompt.sampling.min_tokens)
+        text_stream = TextStream(
+            self._model.tokenizer, job.stop_strings, prompt.sampling.min_tokens, lists_special=True
+        )
         request = Request(
             request_id=f"{self.completion_id}-{place}-{number}",
             prompt_token_ids=prompt.token_ids,
-            sampling=choice_sampling(prompt.sampling, place * job.num_choices + number),
+            sampling=self._sampling(place, number),
             priority=job.priority,
             deadline=self._time_left(),
             cache_salt=job.cache_salt,
@@ -99,18 +113,28 @@ class TextCompletionRun:
             async for events in groups:
                 tokens = [event for event in events if isinstance(event, TokenEvent)]
                 if len(tokens) < len(events):
-                    self._note_accepted(is_first)
+                    self._note_progress(events, place, is_first)
                 if not tokens:
                     continue
                 self._timer.note_token(tokens[0], ends_prompt=is_first)
                 if number == 0:
                     self._num_cached[place] = tokens[0].num_cached_tokens
                     is_first = False
+                if not prompt.sampling.max_tokens:
+                    yield Delta("", (), "length")
+                    return
                 delta = text_stream.feed_all(tokens)
                 self._num_completion += delta.num_tokens
                 yield delta
                 if delta.finish_reason is not None:
                     return
+
+    def _sampling(self, place: int, number: int) -> SamplingParams:
+        """That of one of a prompt's answers, the first of which finds the prompt's log-probabilities."""
+        sampling = self._job.prompts[place].sampling
+        if number:
+            sampling = replace(sampling, num_prompt_logprobs=None)
+        return choice_sampling(sampling, place * self._job.num_choices + number)
 
     def _time_left(self) -> float | None:
         """Seconds of the request's timeout, if it has one: of all answers together."""
@@ -118,8 +142,12 @@ class TextCompletionRun:
             return None
         return self._job.timeout - self._timer.elapsed
 
-    def _note_accepted(self, is_prompt: bool) -> None:
-        self._num_accepted += is_prompt
+    def _note_progress(self, events: Sequence[AnswerEvent], place: int, is_prompt: bool) -> None:
+        for event in events:
+            if isinstance(event, PromptLogprobs):
+                self._scores[place] += event.logprobs
+            elif isinstance(event, RequestAccepted):
+                self._num_accepted += is_prompt
         if self._num_accepted == len(self._job.prompts):
             self.accepted.set()
 
@@ -157,65 +185,3 @@ class TextCompletionRun:
         return TextCompletion(
             self.completion_id, self._created, model.name, choices, model.fingerprint, usage, timings
         )
-
-
-class _Shaper:
-    """From the deltas of one answer to choices in OpenAI's shape."""
-
-    def __init__(self, job: CompletionJob, prompt: PromptToComplete) -> None:
-        self._echo = prompt.echo
-        self._has_logprobs = prompt.sampling.num_logprobs is not None
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_characters = 0
-
-    def choice(self, index: int, delta: Delta) -> CompletionChoice:
-        text, self._echo = self._echo + delta.text, ""
-        logprobs = self._logprobs(delta.logprobs) if self._has_logprobs else None
-        return CompletionChoice(text, index, logprobs, delta.finish_reason)
-
-    def _logprobs(self, entries: Sequence[LogprobEntry]) -> CompletionLogprobs:
-        return CompletionLogprobs(
-            text_offset=[self._offset(entry) for entry in entries],
-            token_logprobs=[entry.logprob for entry in entries],
-            tokens=[entry.token for entry in entries],
-            # Reversed: of two with the same text the likelier, which comes first, stays.
-            top_logprobs=[
-                {top.token: top.logprob for top in reversed(entry.top_logprobs)} for entry in entries
-            ],
-        )
-
-    def _offset(self, entry: LogprobEntry) -> int:
-        start = self._num_characters
-        self._num_characters += len(self._decoder.decode(bytes(entry.bytes)))
-        return start
-
-
-class _Answer:
-    """One answer as it grows."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-        self._pieces: list[CompletionChoice] = []
-
-    def add(self, piece: CompletionChoice) -> None:
-        self._pieces.append(piece)
-
-    def choice(self) -> CompletionChoice:
-        pieces = self._pieces
-        return CompletionChoice(
-            text="".join(piece.text for piece in pieces),
-            index=self._index,
-            logprobs=_joined([piece.logprobs for piece in pieces if piece.logprobs is not None]),
-            finish_reason=pieces[-1].finish_reason,
-        )
-
-
-def _joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs | None:
-    if not parts:
-        return None
-    return CompletionLogprobs(
-        text_offset=[item for part in parts for item in part.text_offset],
-        token_logprobs=[item for part in parts for item in part.token_logprobs],
-        tokens=[item for part in parts for item in part.tokens],
-        top_logprobs=[item for part in parts for item in part.top_logprobs],
-    )

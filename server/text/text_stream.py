@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import Struct
 
 from nybble.engine.messages import FinishReason, TokenEvent, TokenLogprobs
 from nybble.engine.tokenizer import Tokenizer
-from nybble.server.requests.schemas import LogprobEntry, TopLogprob
+from nybble.server.requests.schemas import LogprobEntry
 from nybble.server.text.detokenizer import Detokenizer
+from nybble.server.text.logprob_entries import logprob_entry
 from nybble.server.text.stop_strings import StopStringMatcher
 
 
@@ -26,11 +28,19 @@ class Delta(Struct, frozen=True):  # one is made for each token: a dataclass tak
 class TextStream:
     """Detokenizes, cuts at stop strings, and lets each log-probability go with its text.
 
-    A stop string counts from the first token after min_tokens on.
+    A stop string counts from the first token after min_tokens on. lists_special: whether special tokens,
+    which are not in the text, have log-probabilities too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str], min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str],
+        min_tokens: int = 0,
+        lists_special: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._lists_special = lists_special
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStringMatcher(stop_strings)
         self._num_unstoppable = min_tokens  # tokens to come
@@ -55,9 +65,8 @@ class TextStream:
     def feed(self, event: TokenEvent) -> Delta:
         unfinished, own = self._detokenizer.feed(event.token_id)
         text = self._release(unfinished)
-        if event.logprobs is not None and not self._tokenizer.is_special(event.token_id):
-            entry = self._logprob_entry(event.token_id, event.logprobs)
-            self._pending.append((self._num_decoded, entry))
+        if event.logprobs is not None:
+            self._add_logprobs(event.token_id, event.logprobs)
         text += self._release(own)
         self._num_unstoppable -= 1
         if event.finish_reason is not None and not self._stops.has_matched:
@@ -68,6 +77,15 @@ class TextStream:
             return Delta(text, self._released_logprobs(), None)
         text += self._stops.finish()
         return Delta(text, tuple(entry for _, entry in self._pending), event.finish_reason)
+
+    def _add_logprobs(self, token_id: int, logprobs: TokenLogprobs) -> None:
+        is_special = self._tokenizer.is_special(token_id)
+        if is_special and not self._lists_special:
+            return
+        entry = logprob_entry(self._tokenizer, token_id, logprobs)
+        if is_special:  # it has no part in the text
+            entry = msgspec.structs.replace(entry, bytes=[])
+        self._pending.append((self._num_decoded, entry))
 
     def _release(self, text: str) -> str:
         if not text:
@@ -84,21 +102,3 @@ class TextStream:
         while self._pending and self._pending[0][0] < self._num_released:
             entries.append(self._pending.popleft()[1])
         return tuple(entries)
-
-    def _logprob_entry(self, token_id: int, logprobs: TokenLogprobs) -> LogprobEntry:
-        chosen = self._top_logprob(token_id, logprobs.logprob)
-        return LogprobEntry(
-            token=chosen.token,
-            logprob=chosen.logprob,
-            bytes=chosen.bytes,
-            top_logprobs=[self._top_logprob(*pair) for pair in logprobs.top],
-        )
-
-    def _top_logprob(self, token_id: int, logprob: float) -> TopLogprob:
-        token_bytes = self._tokenizer.token_bytes(token_id)
-        # JSON has no -inf; a token that cannot be drawn gets OpenAI's stand-in.
-        return TopLogprob(
-            token=token_bytes.decode("utf-8", "replace"),
-            logprob=max(logprob, -9999.0),
-            bytes=list(token_bytes),
-        )

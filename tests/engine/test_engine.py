@@ -192,7 +192,7 @@ def test_abort_frees_everything_at_once(checkpoint: Path) -> None:
         ((), 5, "prompt"),
         ((1, 160), 5, "prompt"),
         ((-1,), 5, "prompt"),
-        ((1, 2), 0, "max_tokens"),
+        ((1, 2), -1, "max_tokens"),
         ((1,) * 500, 13, "max_tokens"),
         ((1,) * 512, 1, "prompt"),
     ],

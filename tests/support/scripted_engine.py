@@ -13,6 +13,7 @@ from nybble.engine.messages import (
     CacheExplanation,
     EngineStats,
     FinishReason,
+    PromptLogprobs,
     Request,
     RequestAccepted,
     TokenEvent,
@@ -87,6 +88,8 @@ class ScriptedEngine:
         self.requests.append(request)
         is_finished = False
         try:
+            if request.sampling.num_prompt_logprobs is not None:
+                yield [_prompt_logprobs(request, request.sampling.num_prompt_logprobs)]
             for number, step in enumerate(self._script, 1):
                 is_finished = number == len(self._script)
                 match step:
@@ -130,6 +133,11 @@ class ScriptedEngine:
             num_cached_tokens=self._num_cached_tokens,
             cache_explanation=self._explanation if request.explain_cache else None,
         )
+
+
+def _prompt_logprobs(request: Request, num_top: int) -> PromptLogprobs:
+    logprobs = tuple(scripted_logprobs(token_id, num_top) for token_id in request.prompt_token_ids[1:])
+    return PromptLogprobs(request_id=request.request_id, logprobs=logprobs)
 
 
 def scripted_logprobs(token_id: int, num_top: int) -> TokenLogprobs:

@@ -37,7 +37,8 @@ def test_accepts(sampling: dict[str, Any]) -> None:
 
 
 BAD: list[tuple[str, Any]] = [
-    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("num_prompt_logprobs", 21),
     ("min_tokens", -1),
     ("min_tokens", 6),
     *(("temperature", value) for value in (-0.1, NAN, INF)),

@@ -51,6 +51,13 @@ def test_a_prompt_is_charged_as_often_as_it_was_asked() -> None:
     assert used(one) == (3 + 2 + 3, 3, 12)
 
 
+def test_a_prompt_alone_has_no_answer_to_charge() -> None:
+    one = visit(tokens_per_day=3)
+    engine = MeteredEngine(ScriptedEngine([65]), one, [AskedPrompt((1, 2, 3), 1, 0)], CONTEXT)
+    run(engine, (1, 2, 3), 0)
+    assert used(one) == (3, 0, 0)
+
+
 def test_a_request_that_may_use_too_much_is_refused_before_it_runs() -> None:
     scripted, one = ScriptedEngine([65]), visit(tokens_per_day=30)
     for prompts in ([AskedPrompt((1,) * 10, 2, 11)], [AskedPrompt((1,) * 10, 1, 6)] * 2):

@@ -52,10 +52,9 @@ def test_a_prompt_may_hold_special_tokens(model: ServedModel, end_id: int) -> No
         ({"prompt": ["a"] * 33, "n": 2}, "prompt"),
         ({"prompt": "x" * 64}, "prompt"),
         ({"max_tokens": 63}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 0, "echo": True}, "logprobs"),
         ({"n": 9}, "n"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
@@ -139,3 +138,21 @@ def test_an_echo_is_the_prompts_text(model: ServedModel, prompt: str) -> None:
     assert _prepare(model, prompt=prompt, echo=True).prompts[0].echo == prompt
     assert _prepare(model, prompt=token_ids, echo=True).prompts[0].echo == prompt
     assert _prepare(model, prompt=prompt).prompts[0].echo == ""
+
+
+@pytest.mark.parametrize(("echo", "logprobs", "wanted"), [(True, 3, 3), (True, None, None), (None, 3, None)])
+def test_an_echo_with_logprobs_has_the_prompts(
+    model: ServedModel, echo: bool | None, logprobs: int | None, wanted: int | None
+) -> None:
+    (prompt,) = _prepare(model, echo=echo, logprobs=logprobs, max_tokens=0).prompts
+    assert (prompt.sampling.num_prompt_logprobs, prompt.has_scores) == (wanted, wanted is not None)
+    assert prompt.sampling.max_tokens == 0
+
+
+def test_too_many_logprobs_of_prompts(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.server.requests.completion_request.MAX_PROMPT_LOGPROBS", 11)
+    fields = {"prompt": ["ab", "abc"], "echo": True}
+    _prepare(model, logprobs=1, **fields)  # 5 tokens, 2 numbers each
+    with pytest.raises(BadRequestError, match="15 numbers") as caught:
+        _prepare(model, logprobs=2, **fields)
+    assert caught.value.param == "logprobs"

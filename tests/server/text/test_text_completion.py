@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from scripted_engine import Pause, ScriptedEngine, scripted_logprobs
+from scripted_engine import Emit, Pause, ScriptedEngine, scripted_logprobs
 
 from nybble.engine.errors import EngineDeadError
-from nybble.engine.messages import AnswerEvent, Request, RequestAccepted
+from nybble.engine.messages import AnswerEvent, Request, RequestAccepted, TokenLogprobs
 from nybble.server.access.prices import Prices
 from nybble.server.app import create_app
 from nybble.server.requests.completion_request import parse_completion_request, prepare_completion_request
@@ -157,14 +157,64 @@ class _AcceptingEngine(ScriptedEngine):
 
 def test_logprobs_in_the_old_shape(model: ServedModel, end_id: int) -> None:
     logprobs = _answer(ScriptedEngine([*"€ab".encode(), end_id]), model, logprobs=2)["choices"][0]["logprobs"]
-    assert logprobs["text_offset"] == [0, 0, 0, 1, 2]
-    assert logprobs["tokens"] == ["\ufffd", "\ufffd", "\ufffd", "a", "b"]
-    ids = [*"€ab".encode()]
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 2, 3]
+    assert logprobs["tokens"] == ["\ufffd", "\ufffd", "\ufffd", "a", "b", "<|end|>"]
+    ids = [*"€ab".encode(), end_id]
     assert logprobs["token_logprobs"] == [scripted_logprobs(token_id, 0).logprob for token_id in ids]
-    assert logprobs["top_logprobs"][3:] == [
+    assert logprobs["top_logprobs"][3:5] == [
         {"a": -97 / 64, "b": -97 / 64 - 1},
         {"b": -98 / 64, "c": -98 / 64 - 1},
     ]
+
+
+def _joined(chunks: list[dict[str, Any]], index: int) -> dict[str, list[Any]]:
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    return {name: [item for part in parts for item in part[name]] for name in names}
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_echo_has_the_prompts_logprobs(model: ServedModel, end_id: int, is_stream: bool) -> None:
+    """As lm-evaluation-harness asks for them: the last token is the generated one, a special one too."""
+    fields = {"prompt": ["é<|end|>a", "hi"], "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}
+    engine = ScriptedEngine([end_id], finish_reason="length")
+    if is_stream:
+        chunks = _chunks(engine, model, **fields)
+        found = [_joined(chunks, index) for index in range(4)]
+    else:
+        choices = _answer(engine, model, **fields)["choices"]
+        assert [choice["text"] for choice in choices] == ["é<|end|>a"] * 2 + ["hi"] * 2
+        found = [choice["logprobs"] for choice in choices]
+    assert found[0] == found[1] and found[2] == found[3]
+    assert found[0]["tokens"] == ["\ufffd", "\ufffd", "<|end|>", "a", "<|end|>"]
+    assert found[0]["text_offset"] == [0, 0, 1, 8, 9]
+    assert found[0]["token_logprobs"] == [None, -0xA9 / 64, -end_id / 64, -97 / 64, -end_id / 64]
+    assert found[2]["top_logprobs"] == [None, {"i": -105 / 64}, {"<|end|>": -end_id / 64}]
+    asked = [request.sampling.num_prompt_logprobs for request in engine.requests]
+    assert sorted(asked, key=str) == [1, 1, None, None]  # once for each prompt
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_prompt_alone(model: ServedModel, is_stream: bool) -> None:
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    engine = ScriptedEngine([65])
+    if is_stream:
+        answer, usage = _chunks(engine, model, stream_options={"include_usage": True}, **fields)
+    else:
+        answer = usage = _answer(engine, model, **fields)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -105 / 64]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"i": -105 / 64}]
+    assert usage["usage"]["completion_tokens"] == 0
+    assert engine.requests[0].sampling.max_tokens == 0
+
+
+def test_the_token_that_came_is_among_the_likeliest(model: ServedModel) -> None:
+    logprobs = TokenLogprobs(logprob=-5.0, top=((97, -0.1), (98, -3.0)))
+    answer = _answer(ScriptedEngine([Emit(99, logprobs)]), model, logprobs=2)
+    assert answer["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -3.0, "c": -5.0}]
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
