@@ -37,7 +37,7 @@ from nybble.server.chat.tools import Tools
 from nybble.server.served_model import ServedModel
 from nybble.server.server_config import ServerConfig
 
-NUM_LONG = 20_000  # outputs of each kind in the long runs: `pytest -m slow`
+NUM_LONG = 5_000  # outputs of each kind in the long runs: `pytest -m slow`
 _RULES = Tools(TOOLS, is_parallel=True).call_rules()
 Fields = dict[str, Any]
 

@@ -60,6 +60,25 @@ def test_a_tool_and_its_result(options: dict[str, Any]) -> None:
     assert (again.reasoning_content, again.content) == ("Warm", "It is warm.")
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_must_be(random_glm: str, choice: Any) -> None:
+    function = {"name": "get_weather", "strict": True, "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 5}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }}  # fmt: skip
+    message = litellm.completion(
+        model="openai/glm", api_base=f"{random_glm}/v1", api_key="none", num_retries=0,
+        messages=says("hello"), tools=[{"type": "function", "function": function}], tool_choice=choice,
+        reasoning_effort="none", parallel_tool_calls=False, max_tokens=1000,
+        allowed_openai_params=["reasoning_effort"],
+    ).choices[0].message  # fmt: skip
+    (call,) = message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"city", "days"} and len(arguments["city"]) <= 5 and arguments["days"] <= 9
+
+
 def test_async(options: dict[str, Any]) -> None:
     async def run() -> list[Any]:
         made = (litellm.acompletion(messages=says(f"</think>{n}"), **options) for n in range(8))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pydantic
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
 
+Short = Annotated[str, pydantic.Field(max_length=6)]
+
 
 class City(pydantic.BaseModel):
-    name: str
+    name: Short
     size: Literal["small", "large"]
     is_capital: bool
 
@@ -191,7 +193,6 @@ def test_parse_with_a_model_of_pydantic(grammars: openai.OpenAI) -> None:
         response_format=City,
         max_tokens=3000,
         extra_body={"thinking_token_budget": 4},
-        logit_bias={str(ord("a")): -1, **{str(ord(end)): 6 for end in '"}'}},  # so that strings end
     )
     city = completion.choices[0].message.parsed
     assert isinstance(city, City)
@@ -204,7 +205,6 @@ def test_parse_in_a_stream(grammars: openai.OpenAI) -> None:
         response_format=City,
         max_tokens=3000,
         reasoning_effort="none",
-        logit_bias={str(ord(end)): 6 for end in '"}'},
     ) as stream:
         final = stream.get_final_completion()
     assert isinstance(final.choices[0].message.parsed, City)
@@ -215,6 +215,71 @@ def test_parse_of_what_length_has_cut(grammars: openai.OpenAI) -> None:
         grammars.chat.completions.parse(
             model="glm", messages=says("hello"), response_format=City, max_tokens=3, reasoning_effort="none"
         )
+
+
+class FindRoute(pydantic.BaseModel):
+    """A route."""
+
+    start: Short
+    is_fast: bool
+    stops: Annotated[list[Short], pydantic.Field(max_length=2)]
+    mode: Literal["car", "train"]
+
+
+ROUTE = openai.pydantic_function_tool(FindRoute)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "FindRoute"}}])
+def test_a_call_that_must_be(grammars: openai.OpenAI, choice: Any) -> None:
+    """Of a random model, held to the schema of a class."""
+    completion = grammars.chat.completions.parse(
+        model="glm",
+        messages=says("hello"),
+        tools=[ROUTE],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        reasoning_effort="none",
+        max_tokens=1000,
+    )
+    (call,) = completion.choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, FindRoute)
+
+
+def test_a_call_in_the_stream_helper(grammars: openai.OpenAI) -> None:
+    done = []
+    with grammars.chat.completions.stream(
+        model="glm",
+        messages=says("hello"),
+        tools=[ROUTE],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        reasoning_effort="none",
+        max_tokens=1000,
+    ) as stream:
+        for event in stream:
+            if event.type == "tool_calls.function.arguments.done":
+                done.append((event.name, event.parsed_arguments))
+        final = stream.get_final_completion()
+    assert final.choices[0].finish_reason == "tool_calls"
+    ((name, arguments),) = done
+    assert name == "FindRoute" and isinstance(arguments, FindRoute)
+
+
+def test_calls_of_strict_tools_by_choice_of_the_model(client: openai.OpenAI) -> None:
+    """It writes what it is told to here: text, then two calls."""
+    call = (
+        "<tool_call>FindRoute<arg_key>start</arg_key><arg_value>é</arg_value><arg_key>is_fast</arg_key>"
+        "<arg_value>true</arg_value><arg_key>stops</arg_key><arg_value>[]</arg_value>"
+        "<arg_key>mode</arg_key><arg_value>car</arg_value></tool_call>"
+    )
+    completion = client.chat.completions.parse(
+        model="glm", messages=says(f"R</think>Look:{call}{call}"), tools=[ROUTE]
+    )
+    message = completion.choices[0].message
+    assert message.content == "Look:"
+    assert [call.function.parsed_arguments for call in message.tool_calls or ()] == [
+        FindRoute(start="é", is_fast=True, stops=[], mode="car")
+    ] * 2
 
 
 def test_several_choices_and_logprobs(client: openai.OpenAI) -> None:
