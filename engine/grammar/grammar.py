@@ -13,6 +13,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from nybble.engine.errors import InvalidRequestError
+
 
 class Thought(Struct, frozen=True, kw_only=True):
     """What comes before the part of an answer that has a form, up to the token `end_token_id`.
@@ -44,3 +46,13 @@ class Grammar(Struct, frozen=True, kw_only=True):
     reserved_token_ids: tuple[int, ...] = ()
     parameter: str = "grammar"
     line_parameters: tuple[str, ...] = ()
+
+
+class Fault(Struct, frozen=True):
+    """What is wrong with a grammar, and the request's field that it is in."""
+
+    parameter: str
+    text: str
+
+    def error(self) -> InvalidRequestError:
+        return InvalidRequestError(f"{self.parameter}: {self.text}", self.parameter)

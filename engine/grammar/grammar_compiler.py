@@ -11,15 +11,13 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
-from nybble.engine.errors import InvalidRequestError
-from nybble.engine.grammar.grammar import Grammar
+from nybble.engine.grammar.grammar import Fault, Grammar
 from nybble.engine.grammar.grammar_state import GrammarState, summary
 from nybble.engine.grammar.grammar_tokens import GrammarTokens
 
@@ -34,14 +32,6 @@ _LIMITS = LLParserLimits(
 )
 
 
-@dataclass(frozen=True)
-class _Fault:
-    """What is wrong with a grammar, and the request's field that it is in."""
-
-    parameter: str
-    text: str
-
-
 class GrammarCompiler:
     """For a checkpoint's tokenizer, read when it is first needed. May be used from several threads."""
 
@@ -50,11 +40,16 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._read: GrammarTokens | None = None
-        self._compiled: OrderedDict[Grammar, LLMatcher | _Fault] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, LLMatcher | Fault] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> None:
         """Compile it, with the mask of its first token, unless it is. `start` says what is wrong with it."""
         self._get(grammar)
+
+    def fault(self, grammar: Grammar) -> Fault | None:
+        """What is wrong with it, if something is."""
+        compiled = self._get(grammar)
+        return compiled if isinstance(compiled, Fault) else None
 
     def start(self, grammar: Grammar, stop_token_ids: Sequence[int]) -> GrammarState:
         """For a new answer; stop_token_ids: what may end it.
@@ -63,17 +58,15 @@ class GrammarCompiler:
             InvalidRequestError: the grammar is malformed, allows nothing or exceeds a limit.
         """
         compiled, tokens = self._get(grammar), self._tokens()
-        if isinstance(compiled, _Fault) or tokens is None:
-            fault = compiled if isinstance(compiled, _Fault) else _no_tokens(grammar)
-            raise InvalidRequestError(f"{fault.parameter}: {fault.text}", fault.parameter)
+        if isinstance(compiled, Fault) or tokens is None:
+            fault = compiled if isinstance(compiled, Fault) else _no_tokens(grammar)
+            raise fault.error()
         stops = [token_id for token_id in stop_token_ids if token_id < tokens.num_token_ids]
         if not stops:
-            raise InvalidRequestError(
-                f"{grammar.parameter}: the answer must be able to end with a stop token", grammar.parameter
-            )
+            raise Fault(grammar.parameter, "the answer must be able to end with a stop token").error()
         return GrammarState(compiled.deep_copy(), grammar, stops, tokens)
 
-    def _get(self, grammar: Grammar) -> LLMatcher | _Fault:
+    def _get(self, grammar: Grammar) -> LLMatcher | Fault:
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -86,18 +79,18 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return compiled
 
-    def _compile(self, grammar: Grammar) -> LLMatcher | _Fault:
+    def _compile(self, grammar: Grammar) -> LLMatcher | Fault:
         tokens = self._tokens()
         if tokens is None:
             return _no_tokens(grammar)
         if _num_bytes(grammar) > MAX_GRAMMAR_BYTES:
-            return _Fault(grammar.parameter, f"longer than {MAX_GRAMMAR_BYTES} bytes")
-        if grammar.content is not None and isinstance(fault := self._get(grammar.content), _Fault):
+            return Fault(grammar.parameter, f"longer than {MAX_GRAMMAR_BYTES} bytes")
+        if grammar.content is not None and isinstance(fault := self._get(grammar.content), Fault):
             return fault
         try:
             source = _source(grammar)
         except ValueError as error:
-            return _Fault(grammar.parameter, f"malformed: {str(error)[:300]}")
+            return Fault(grammar.parameter, f"malformed: {str(error)[:300]}")
         matcher = LLMatcher(tokens.matching, source, log_level=0, limits=_LIMITS)
         matcher.compute_bitmask()
         if matcher.is_error() or matcher.is_stopped():
@@ -112,21 +105,21 @@ class GrammarCompiler:
         return self._read
 
 
-def _no_tokens(grammar: Grammar) -> _Fault:
-    return _Fault(grammar.parameter, "the checkpoint has no tokenizer.json")
+def _no_tokens(grammar: Grammar) -> Fault:
+    return Fault(grammar.parameter, "the checkpoint has no tokenizer.json")
 
 
 def _num_bytes(grammar: Grammar) -> int:
     return len(grammar.text.encode()) + (_num_bytes(grammar.content) if grammar.content else 0)
 
 
-def _located(grammar: Grammar, error: str) -> _Fault:
+def _located(grammar: Grammar, error: str) -> Fault:
     """By the line that the library names, where lines are from different fields."""
     found = re.match(r"at (\d+)\(\d+\): ", error)
     index = int(found[1]) - 1 if found else -1
     if found and 0 <= index < len(grammar.line_parameters):
-        return _Fault(grammar.line_parameters[index], error[found.end() :])
-    return _Fault(grammar.parameter, error)
+        return Fault(grammar.line_parameters[index], error[found.end() :])
+    return Fault(grammar.parameter, error)
 
 
 def _source(grammar: Grammar) -> str:

@@ -1,7 +1,7 @@
 """Compiles grammars that clients have sent, in a process that may take too long or die of one.
 
 `python -m nybble.engine.grammar.grammar_process DIRECTORY`: for each line of standard input, a `Grammar` in
-JSON, a line of output: null, or in JSON what is wrong with it. Imports neither torch nor transformers.
+JSON, a line of output: null, or a `Fault` in JSON. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from nybble.engine.errors import InvalidRequestError
 from nybble.engine.grammar.grammar import Grammar
 from nybble.engine.grammar.grammar_compiler import GrammarCompiler
 
@@ -25,15 +24,7 @@ def main() -> None:
     compiler = GrammarCompiler(Path(sys.argv[1]))
     for line in sys.stdin.buffer:
         grammar = msgspec.json.decode(line, type=Grammar)
-        print(msgspec.json.encode(_problem(compiler, grammar)).decode(), flush=True)
-
-
-def _problem(compiler: GrammarCompiler, grammar: Grammar) -> str | None:
-    try:
-        compiler.start(grammar, stop_token_ids=(0,))
-    except InvalidRequestError as error:
-        return str(error)
-    return None
+        print(msgspec.json.encode(compiler.fault(grammar)).decode(), flush=True)
 
 
 if __name__ == "__main__":

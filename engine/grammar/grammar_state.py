@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +13,6 @@ from nybble.engine.grammar.grammar import Grammar
 from nybble.engine.grammar.grammar_tokens import GrammarTokens
 from nybble.engine.grammar.token_words import Words, has, words_of
 
-_MAX_MASK_TIME = 1.0  # seconds; all other requests wait that long
 _MAX_SPACES = 3  # tokens of white space before a thought
 MAX_DIGITS = 64  # tokens in a row: a model can be caught in endless digits
 
@@ -52,6 +50,8 @@ class GrammarState:
         self.failure: str | None = None
 
     def append(self, token_id: int) -> None:
+        if self.failure is not None:
+            return
         self._masks.clear()
         self._num_digits = self._digits_after((token_id,))
         self._tail = self._tail_after((token_id,))
@@ -77,6 +77,10 @@ class GrammarState:
             return len(banned) < self._tokens.num_token_ids
         return bool((words & ~words_of(banned, len(words))).any())
 
+    def give_up(self) -> None:
+        """A mask takes too long, and another thread is at it yet."""
+        self._fail("takes too long for a token")
+
     def _append_at_start(self, token_id: int) -> None:
         if self._thought is not None and token_id == self._thought.start_token_id:
             self._phase = "thought"
@@ -89,7 +93,7 @@ class GrammarState:
             self._consume(token_id)
 
     def _consume(self, token_id: int) -> None:
-        if self.failure is None and token_id not in self._stops:
+        if token_id not in self._stops:
             self._matcher.consume_token(token_id)
             self._check()
 
@@ -136,10 +140,7 @@ class GrammarState:
         return words
 
     def _mask(self, tail: bytes) -> Words | None:
-        start = time.monotonic()
         words: Words = np.frombuffer(self._matcher.compute_bitmask(), dtype="<i4")
-        if time.monotonic() - start > _MAX_MASK_TIME:
-            self._fail("took too long for a token")
         words = self._unspelled(words[: self._tokens.num_words] & self._tokens.all_words, tail)
         if self._matcher.is_accepting():
             words = words | self._stop_words

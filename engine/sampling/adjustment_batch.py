@@ -9,6 +9,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from nybble.engine.grammar.mask_thread import MaskThread
 from nybble.engine.sampling.logit_rules import ListedBias, LogitRules
 from nybble.engine.sampling.token_counts import TokenCounts
 from nybble.engine.scheduling.step import Chunk
@@ -23,14 +24,19 @@ class _Row(Struct, frozen=True, gc=False):
     drafts: Sequence[int]
 
 
-def adjustments_of(chunks: Sequence[Chunk], device: torch.device) -> LogitAdjustments | None:
+def adjustments_of(
+    chunks: Sequence[Chunk], device: torch.device, masks: MaskThread | None = None
+) -> LogitAdjustments | None:
     """Of the rows of chunks that sample, one for each draft and one more; None if no row has any.
 
-    Rows without rules take no time of their own.
+    Rows without rules take no time of their own. masks: computes those of grammars within its limit.
     """
     rows = list(_rows_with_rules(chunks))
     if not rows:
         return None
+    if masks is not None:
+        grammars = [(row.rules.grammar, row.drafts) for row in rows]
+        masks.compute([(grammar, drafts) for grammar, drafts in grammars if grammar is not None])
     num_rows = len(chunks) + sum([chunk.num_drafts for chunk in chunks])
     return LogitAdjustments(
         bias=_bias_of(rows, num_rows, device),

@@ -48,7 +48,7 @@ class LogitRules:
         self._num_token_ids = num_token_ids
         self._listed: tuple[set[int], ListedBias | None] = (set(), _listed(self._bias))
         self._listed_words = _allowed_words(sampling.allowed_token_ids, num_token_ids)
-        self._grammar = grammar
+        self.grammar = grammar
         budget = sampling.thinking_budget
         self._thinking = None if budget is None else ThinkingLimit(budget, num_token_ids)
         self.counts = _counts(prompt_token_ids, sampling)
@@ -64,15 +64,15 @@ class LogitRules:
         self._bad_words.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
-        if self._grammar is not None:
-            self._grammar.append(token_id)
+        if self.grammar is not None:
+            self.grammar.append(token_id)
         if self._thinking is not None:
             self._thinking.append(token_id)
 
     @property
     def failure(self) -> str | None:
         """Why what was sampled last must not be taken, if so."""
-        return None if self._grammar is None else self._grammar.failure
+        return None if self.grammar is None else self.grammar.failure
 
     def allowed_words(self, drafts: Sequence[int] = ()) -> np.ndarray | None:
         """int32 [ceil(num_token_ids / 32)]: a bit for each token that may be next, the lowest first. None for
@@ -80,7 +80,7 @@ class LogitRules:
         forced = self._end_of_thought(drafts)
         if forced is not None:
             return forced
-        return self._listed_words if self._grammar is None else self._grammar.allowed_words(drafts)
+        return self._listed_words if self.grammar is None else self.grammar.allowed_words(drafts)
 
     def bias(self, drafts: Sequence[int] = ()) -> ListedBias | None:
         """Of the next token. The same one is returned as long as nothing changes."""
@@ -96,7 +96,7 @@ class LogitRules:
             return set()
         is_short = self._num_output_tokens + len(drafts) < self._min_tokens
         stops = self._stop_ids if is_short else set[int]()
-        if stops and self._grammar is not None and not self._grammar.leaves_some(stops, drafts):
+        if stops and self.grammar is not None and not self.grammar.leaves_some(stops, drafts):
             stops = set[int]()
         bad = self._bad_words.ends_after(drafts)
         if not bad:
@@ -107,8 +107,8 @@ class LogitRules:
         return None if self._thinking is None else self._thinking.forced_words(drafts)
 
     def _leaves_some(self, banned: set[int], drafts: Sequence[int]) -> bool:
-        if self._grammar is not None:
-            return self._grammar.leaves_some(banned, drafts)
+        if self.grammar is not None:
+            return self.grammar.leaves_some(banned, drafts)
         if self._candidates is None:
             return len(banned) < self._num_token_ids
         return not self._candidates <= banned

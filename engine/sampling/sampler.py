@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.engine.grammar.mask_thread import MaskThread
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.sampling.adjustment_batch import adjustments_of
 from nybble.engine.scheduling.step import Chunk, SampledToken
@@ -28,6 +29,7 @@ class Sampler(Generic[W]):
     def __init__(self, ops: Ops[W], num_token_ids: int) -> None:
         self._ops = ops
         self._num_token_ids = num_token_ids
+        self._masks = MaskThread()
 
     def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> Draw:
         """The tokens that follow each chunk: those of its drafts that are accepted, and the next token.
@@ -44,7 +46,7 @@ class Sampler(Generic[W]):
         are drawn without drafts.
         """
         params = [_sampling_of(chunk) for chunk in chunks for _ in range(chunk.num_drafts + 1)]
-        adjustments = adjustments_of(chunks, logits.device)
+        adjustments = adjustments_of(chunks, logits.device, self._masks)
         asked = _logprob_rows(logits, params, must_copy=adjustments is not None)
         if adjustments is not None:
             self._ops.adjust_logits(logits[:, : self._num_token_ids], adjustments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,40 @@ def test_a_grammar_that_fails_ends_its_request_alone(
         engine.check()
     assert failed == [("schema", "internal")]
     assert seen == {"plain": alone["plain"], "other": alone["other"], "schema": alone["schema"][:2]}
+
+
+def test_a_slow_mask_ends_its_request_and_holds_up_others_a_moment_only(
+    checkpoint: Path, tokenizer: Tokenizer, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = GrammarState._mask
+    num_masks = 0
+
+    def is_slow_at_the_third(state: GrammarState, tail: bytes) -> Any:
+        nonlocal num_masks
+        num_masks += state._grammar.kind == "json_schema"
+        start = time.thread_time()
+        while num_masks == 3 and state._grammar.kind == "json_schema" and time.thread_time() - start < 60:
+            if state.failure is not None:
+                return None  # the test has seen enough
+        return mask(state, tail)
+
+    monkeypatch.setattr(GrammarState, "_mask", is_slow_at_the_third)
+    engine = tiny_engine(tiny_config(checkpoint))
+    names = ("plain", "other", "schema", "regex")
+    for item in asked(tokenizer):
+        if item.request_id in names:
+            engine.add(item)
+    seen: dict[str, list[int]] = {name: [] for name in names}
+    failed = []
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, RequestFailed):
+                failed.append((event.request_id, event.message))
+            else:
+                seen[event.request_id].append(event.token_id)
+        engine.check()
+    message = "the request was ended: its grammar (grammar) takes too long for a token"
+    assert failed == [("schema", message)]
+    assert seen == {name: alone[name] for name in ("plain", "other", "regex")} | {
+        "schema": alone["schema"][:2]
+    }
