@@ -26,7 +26,7 @@ from model_outputs import (
     torn,
     well_formed,
 )
-from scripted_engine import ScriptedEngine
+from scripted_engine import ScriptedEngine, Together
 
 from nybble.engine.messages import FinishReason
 from nybble.server.app import create_app
@@ -85,12 +85,13 @@ class Desk:
         return b"".join(map(tokenizer.token_bytes, shown)).decode("utf-8", "replace")
 
     def ask(self, token_ids: Sequence[int], finish_reason: FinishReason, fields: Fields) -> Told:
-        """The answer, which is the same streamed and not."""
+        """The answer, which is the same whole, token by token, and streamed, in groups of tokens."""
         (end,) = self.model.tokenizer.encode("<|end|>")
-        script = [*token_ids, end] if finish_reason == "stop" else token_ids or [end]
-        self._engine.play(script, finish_reason)
+        script = [*token_ids, end] if finish_reason == "stop" else [*token_ids] or [end]
         asked = {"model": "glm", "messages": [{"role": "user", "content": "?"}]} | fields
+        self._engine.play(script, finish_reason)
         whole = self._whole(self._post(asked))
+        self._engine.play(_grouped(script), finish_reason)
         streamed = asked | {"stream": True, "stream_options": {"include_usage": True}}
         assert self._joined(self._post(streamed)) == whole
         return whole
@@ -126,6 +127,17 @@ class Desk:
             for call in delta.get("tool_calls", ()):
                 _add_call(told.calls, call, ids)
         return told
+
+
+def _grouped(token_ids: Sequence[int]) -> list[Together]:
+    """By sizes that the tokens decide, so that a failure comes again."""
+    random, groups, place = Random(sum(token_ids)), list[Together](), 0
+    most = random.choice((1, 3, 40))
+    while place < len(token_ids):
+        size = random.randint(1, most)
+        groups.append(Together(token_ids[place : place + size]))
+        place += size
+    return groups
 
 
 def _counts(usage: Fields) -> Fields:
