@@ -61,6 +61,7 @@ class Tokenizer:
         self._reserved_names = self._find_reserved_names()
         self._check_byte_level(directory)
         self._check_template(directory)
+        self.takes_argument_text = self._shows_argument_text()  # of calls, instead of an object
 
     @property
     def has_chat_template(self) -> bool:
@@ -219,6 +220,16 @@ class Tokenizer:
                 self.render_chat([{"role": "user", "content": "?"}])
             except ChatTemplateError as error:
                 raise CheckpointError(f"{directory}: {error}") from error
+
+    def _shows_argument_text(self) -> bool:
+        """Whether the template shows a call's arguments that are a text; GLM's take objects only."""
+        text = "torn"
+        call = {"type": "function", "function": {"name": "f", "arguments": text}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            return text in self.render_chat([{"role": "user", "content": "?"}, turn])
+        except ChatTemplateError:
+            return False
 
     def _check_byte_level(self, directory: Path) -> None:
         """Tokens must be made of the 256 byte characters, and be decoded as such."""

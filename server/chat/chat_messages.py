@@ -1,6 +1,8 @@
 """The messages of a request as chat templates take them.
 
 Templates take text and objects only: no null, no parts, no arguments as a string, and no role developer.
+Arguments that are no JSON object, as a model writes them now and then and as a length limit cuts them, come
+back with their turns: a template that takes a text gets it, any other an object that holds it.
 Results of tools have no names there: their order tells which call each answers.
 """
 
@@ -16,10 +18,14 @@ from nybble.server.requests.schemas import ChatMessage, PastToolCall, TextPart
 
 TemplateMessage = dict[str, Any]
 
+_UNREAD = "arguments"  # the name under which a text stands that is no object
 
-def template_messages(messages: Sequence[ChatMessage]) -> list[TemplateMessage]:
-    """Raises BadRequestError, which names the field at fault."""
-    plain = [_plain_message(index, message) for index, message in enumerate(messages)]
+
+def template_messages(
+    messages: Sequence[ChatMessage], takes_argument_text: bool = False
+) -> list[TemplateMessage]:
+    """takes_argument_text: whether the template does. Raises BadRequestError, which names the field."""
+    plain = [_plain_message(index, message, takes_argument_text) for index, message in enumerate(messages)]
     return [plain[index] for index in _in_order_of_calls(messages)]
 
 
@@ -41,7 +47,7 @@ def _places(message: ChatMessage) -> dict[str, int]:
     return {call.id: place for place, call in enumerate(message.tool_calls or ()) if call.id}
 
 
-def _plain_message(index: int, message: ChatMessage) -> TemplateMessage:
+def _plain_message(index: int, message: ChatMessage, takes_argument_text: bool) -> TemplateMessage:
     role = "system" if message.role == "developer" else message.role
     plain: TemplateMessage = {"role": role, "content": _text(index, message)}
     if role == "assistant":
@@ -49,29 +55,29 @@ def _plain_message(index: int, message: ChatMessage) -> TemplateMessage:
         if thought is not None:
             plain["reasoning_content"] = thought
         if message.tool_calls:
-            plain["tool_calls"] = [_plain_call(index, *each) for each in enumerate(message.tool_calls)]
+            plain["tool_calls"] = [_plain_call(call, takes_argument_text) for call in message.tool_calls]
     elif message.tool_calls:
         param = f"messages[{index}].tool_calls"
         raise BadRequestError(f"{param}: only an assistant's message can have them", param)
     return plain
 
 
-def _plain_call(index: int, number: int, call: PastToolCall) -> dict[str, Any]:
-    param = f"messages[{index}].tool_calls[{number}].function.arguments"
-    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments, param)}
-    return {"type": "function", "function": function}
+def _plain_call(call: PastToolCall, takes_argument_text: bool) -> dict[str, Any]:
+    arguments = _arguments(call.function.arguments)
+    if isinstance(arguments, str) and not takes_argument_text:
+        arguments = {_UNREAD: arguments}
+    return {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def _arguments(given: str | dict[str, Any], param: str) -> dict[str, Any]:
+def _arguments(given: str | dict[str, Any]) -> dict[str, Any] | str:
+    """As an object, or as they are if they are none."""
     if isinstance(given, dict):
         return given
     try:
         arguments = json.loads(given.strip() or "{}")
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"{param}: not JSON: {error}", param) from error
-    if not isinstance(arguments, dict):
-        raise BadRequestError(f"{param}: expected a JSON object", param)
-    return arguments
+    except (ValueError, RecursionError):
+        return given
+    return arguments if isinstance(arguments, dict) else given
 
 
 def _text(index: int, message: ChatMessage) -> str:

@@ -112,7 +112,7 @@ def chat_prompt(request: ChatCompletionRequest, model: ServedModel, tools: Tools
     continues = bool(request.continue_final_message)
     try:
         return model.tokenizer.encode_chat(
-            template_messages(request.messages),
+            template_messages(request.messages, model.tokenizer.takes_argument_text),
             tools.definitions if tools else (),
             template_options(request),
             add_generation_prompt=not continues and request.add_generation_prompt is not False,
