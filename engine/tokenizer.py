@@ -178,6 +178,10 @@ class Tokenizer:
         """Whether a token is control, such as an end of turn, and no part of the text."""
         return token_id in self._special_ids
 
+    def is_added(self, token_id: int) -> bool:
+        """Whether a token is special or a tag: no other is ever merged with it."""
+        return token_id in self._added
+
     def has_token(self, text: str) -> bool:
         """Whether a text is one of the tokens that are added to the vocabulary, such as a tag."""
         return any(token.content == text for token in self._added.values())

@@ -140,6 +140,68 @@ def test_the_text_of_a_prompt_never_changes(tokenizer: Tokenizer, turns: list[st
     assert _text(tokenizer, store.replayed("", prompt)) == _text(tokenizer, prompt)
 
 
+# Thoughts, with GLM's template.
+
+USER = {"role": "user", "content": "hi"}
+
+
+def _letters(glm: ServedModel, thought: str, answer: str) -> list[int]:
+    (end,) = glm.tokenizer.encode("</think>")
+    return [*thought.encode(), end, *answer.encode()]
+
+
+def _history(glm: ServedModel, thought: str, answer: str, clear_thinking: bool) -> tuple[int, ...]:
+    """The prompt of the next turn, as a client sends back what it was given: without space at the edges."""
+    turn = {"role": "assistant", "content": answer.strip(), "reasoning_content": thought.strip()}
+    options = {"clear_thinking": clear_thinking}
+    return glm.tokenizer.encode_chat([USER, turn, USER], (), options).token_ids
+
+
+def _holds(token_ids: tuple[int, ...], part: str) -> bool:
+    """Letter by letter, and not in the tokenizer's words."""
+    letters = tuple(part.encode())
+    return any(token_ids[n : n + len(letters)] == letters for n in range(len(token_ids)))
+
+
+@pytest.mark.parametrize("clear_thinking", [True, False])
+@pytest.mark.parametrize(
+    ("thought", "answer"), [("hello and", "good world"), ("\nhello and.\n", "\n\ngood world \n")]
+)
+def test_thought_and_answer_keep_their_tokens(
+    glm: ServedModel, thought: str, answer: str, clear_thinking: bool
+) -> None:
+    """Also where the template strips what the model wrote around them, or drops the thought."""
+    store, given = ReplayStore(glm.tokenizer, 1000), _letters(glm, thought, answer)
+    prompt = glm.tokenizer.encode_chat([USER]).token_ids
+    store.remember("", prompt, given, glm.tokenizer.decode(given))
+    history = _history(glm, thought, answer, clear_thinking)
+    found = store.replayed("", history)
+    assert _text(glm.tokenizer, found) == _text(glm.tokenizer, history)
+    assert _holds(found, "good world") and not _holds(history, "good world")
+    assert _holds(found, "hello and") is (not clear_thinking)
+
+
+_SPACED = st.builds(
+    lambda before, text, after: before + text + after,
+    st.sampled_from(["", " ", "\n", "\n\n", "\u2003"]),
+    st.sampled_from(["hello", "good and", "é", "a\n b", ""]),
+    st.sampled_from(["", " ", ".\n", "\n"]),
+)
+
+
+@given(_SPACED, _SPACED, st.booleans(), st.booleans())
+def test_the_text_of_a_history_never_changes(
+    glm: ServedModel, thought: str, answer: str, is_spelled: bool, clear_thinking: bool
+) -> None:
+    store = ReplayStore(glm.tokenizer, 1000)
+    given = _letters(glm, thought, answer)
+    if is_spelled:
+        given = list(glm.tokenizer.encode(glm.tokenizer.decode(given)))
+    store.remember("", glm.tokenizer.encode_chat([USER]).token_ids, given, glm.tokenizer.decode(given))
+    history = _history(glm, thought, answer, clear_thinking)
+    assert _text(glm.tokenizer, store.replayed("", history)) == _text(glm.tokenizer, history)
+
+
 # From HTTP to the prefix cache, with the demo's tokenizer and template.
 
 
