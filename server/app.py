@@ -30,6 +30,7 @@ from nybble.server.chat.completion import Completion
 from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.errors import (
     APIError,
+    EncodingError,
     TooLargeError,
     api_error,
 )
@@ -171,7 +172,16 @@ async def _run(request: Request, completion: Completion | TextCompletionRun, is_
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The request body. Raises TooLargeError as soon as more than `limit` bytes are certain."""
+    """The request body.
+
+    Raises:
+        EncodingError: it is compressed.
+        TooLargeError: as soon as more than `limit` bytes are certain.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding: {encoding[:40]!r} is not supported: send the body as it is"
+        raise EncodingError(message, code="unsupported_encoding")
     body = bytearray()
     declared = request.headers.get("content-length", "")
     too_large = TooLargeError(f"the request body exceeds {limit} bytes", code="request_too_large")

@@ -7,6 +7,7 @@
     ├── NotFoundError         404  no such model or route
     ├── MethodError           405  a route that exists, another method
     ├── TooLargeError         413  body over the limit
+    ├── EncodingError         415  a body that is compressed
     ├── UnprocessableError    422  well-formed, but the chat template refuses it
     ├── TooManyRequestsError  429  too many requests wait, or a limit of the API key is reached
     ├── InternalError         500  our fault
@@ -80,6 +81,10 @@ class MethodError(APIError):
 
 class TooLargeError(APIError):
     status = 413
+
+
+class EncodingError(APIError):
+    status = 415
 
 
 class UnprocessableError(APIError):

@@ -232,7 +232,7 @@ def test_bodies_have_a_limit_and_are_never_unpacked(model: ServedModel) -> None:
         assert send(model, "POST", path, content=b" " * ((1 << 20) + 1)).status_code == 413
     bomb = gzip.compress(json.dumps(chat("x" * 10_000_000)).encode())
     response = send(model, "POST", CHAT, content=bomb, headers={"Content-Encoding": "gzip"})
-    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_encoding")
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])

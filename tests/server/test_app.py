@@ -447,6 +447,17 @@ def test_too_large_by_what_is_sent(model: ServedModel, headers: dict[str, str]) 
     assert num_read == 5
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("Identity", 200)])
+def test_a_body_is_not_compressed(model: ServedModel, encoding: str, status: int) -> None:
+    headers = {"Content-Encoding": encoding}
+    content = json.dumps(_body()).encode()
+    response = _request(ScriptedEngine([65]), model, "POST", CHAT, content=content, headers=headers)
+    assert response.status_code == status
+    if status == 415:
+        error = _error(response, 415)
+        assert error["code"] == "unsupported_encoding" and repr(encoding) in error["message"]
+
+
 def test_the_largest_body_is_read(model: ServedModel) -> None:
     body = json.dumps(_body()).encode().ljust(2000)
     _answer(_request(ScriptedEngine([65]), model, "POST", CHAT, content=body))

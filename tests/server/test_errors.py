@@ -12,6 +12,7 @@ from nybble.engine.errors import (
 from nybble.server.errors import (
     APIError,
     BadRequestError,
+    EncodingError,
     ForbiddenError,
     InternalError,
     MethodError,
@@ -32,6 +33,7 @@ CASES: list[tuple[type[APIError], int, str]] = [
     (NotFoundError, 404, "invalid_request_error"),
     (MethodError, 405, "invalid_request_error"),
     (TooLargeError, 413, "invalid_request_error"),
+    (EncodingError, 415, "invalid_request_error"),
     (UnprocessableError, 422, "invalid_request_error"),
     (TooManyRequestsError, 429, "rate_limit_error"),
     (InternalError, 500, "server_error"),
