@@ -89,7 +89,7 @@ schemas = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(schema=schemas, seed=st.integers(0, 2**32))
 def test_answers_to_generated_schemas_are_valid(
     tokenizer: Tokenizer, compiler: GrammarCompiler, schema: dict[str, Any], seed: int

@@ -60,7 +60,7 @@ class Caller:
         end = self.id("<|user|>")
         state = self.compiler.start(grammar, (end,))
         tags = ("</arg_key>", "</arg_value>", "</tool_call>", "<tool_call>", "</think>")
-        closing = [*map(self.id, tags), *b'"]}']
+        closing = [*map(self.id, tags), *b'"]}5/']
         token_ids = random_answer(
             state, random.Random(seed), end, num_tokens, closing, {self.id(tag): 9 for tag in tags}
         )
@@ -169,11 +169,8 @@ def _parameters(draw: st.DrawFn) -> dict[str, Any]:
     return {"type": "object", "$defs": _DEFINITIONS, "properties": properties, "required": required} | others
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(parameters=st.lists(_parameters(), min_size=1, max_size=2), seed=st.integers(0, 2**32), data=st.data())
-def test_calls_by_generated_schemas_are_valid(
-    caller: Caller, parameters: list[dict[str, Any]], seed: int, data: st.DataObject
-) -> None:
+def check_calls(caller: Caller, parameters: list[dict[str, Any]], seed: int, data: st.DataObject) -> None:
+    """Of one answer with strict tools of these parameters."""
     schemas = dict(zip(("get", "get_more"), parameters, strict=False))
     is_parallel = data.draw(st.booleans())
     tools = caller.offered(
@@ -188,6 +185,28 @@ def test_calls_by_generated_schemas_are_valid(
     assert text.count("<tool_call>") == len(calls)
     for name, arguments in calls:
         check(arguments, schemas[name])
+
+
+_asked = given(
+    parameters=st.lists(_parameters(), min_size=1, max_size=2), seed=st.integers(0, 2**32), data=st.data()
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@_asked
+def test_calls_by_generated_schemas_are_valid(
+    caller: Caller, parameters: list[dict[str, Any]], seed: int, data: st.DataObject
+) -> None:
+    check_calls(caller, parameters, seed, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@_asked
+def test_calls_by_many_generated_schemas_are_valid(
+    caller: Caller, parameters: list[dict[str, Any]], seed: int, data: st.DataObject
+) -> None:
+    check_calls(caller, parameters, seed, data)
 
 
 def accepts(caller: Caller, grammar: Grammar, text: str) -> bool:
