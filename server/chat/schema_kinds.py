@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
 from urllib.parse import unquote
@@ -23,16 +23,26 @@ class SchemaKinds:
         self._of_reference: dict[str, Kinds | None] = {}
 
     def property(self, name: str) -> Any:
-        """The schema of a property of the root, or of those that it does not list."""
-        schema = self._root
-        if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
-            schema = self._referenced(schema["$ref"])
-        if not isinstance(schema, Mapping):
-            return None
-        properties = schema.get("properties")
-        if isinstance(properties, Mapping) and name in properties:
-            return properties[name]
-        return schema.get("additionalProperties")
+        """The schema of a property of the root, any of several where it has several parts or forms, or of
+        those that it does not list."""
+        parts = list(self._parts(self._root, set()))
+        lists = [properties for part in parts if isinstance(properties := part.get("properties"), Mapping)]
+        found = [properties[name] for properties in lists if name in properties]
+        found = found or [part["additionalProperties"] for part in parts if "additionalProperties" in part]
+        return {"anyOf": found} if len(found) > 1 else next(iter(found), None)
+
+    def _parts(self, schema: Any, followed: set[str], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+        """A schema and those that it joins, or gives to choose from."""
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+            return
+        yield schema
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in followed:
+            followed.add(reference)
+            yield from self._parts(self._referenced(reference), followed, depth + 1)
+        for key in ("allOf", "anyOf", "oneOf"):
+            for part in _list(schema.get(key)):
+                yield from self._parts(part, followed, depth + 1)
 
     def of(self, schema: Any, depth: int = 0) -> Kinds | None:
         if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:

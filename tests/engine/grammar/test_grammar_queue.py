@@ -42,3 +42,27 @@ def test_a_request_whose_grammar_fails_comes_out_too() -> None:
     queue.put(item, GRAMMAR)
     queue.wait(30)
     assert queue.take_ready() == [item] and not queue.has_work
+
+
+def test_a_slow_grammar_leaves_a_way_for_others_and_is_compiled_once() -> None:
+    may_go_on = threading.Event()
+    slow, fast = Grammar(kind="regex", text="slow"), Grammar(kind="regex", text="fast")
+    compiled = []
+
+    def compile_grammar(grammar: Grammar) -> None:
+        compiled.append(grammar)
+        if grammar == slow:
+            may_go_on.wait(30)
+
+    queue = GrammarQueue(compile_grammar)
+    items = [
+        request(name, (1,), grammar=grammar) for name, grammar in zip("abc", (slow, slow, fast), strict=True)
+    ]
+    for item in items:
+        queue.put(item, item.sampling.grammar or fast)
+    queue.abort("a")
+    queue.wait(30)
+    assert queue.take_ready() == [items[2]]
+    may_go_on.set()
+    queue.wait(30)
+    assert queue.take_ready() == [items[1]] and sorted(compiled, key=str) == [fast, slow]

@@ -450,6 +450,11 @@ def test_without_strict_what_cannot_be_checked_is_ignored(caller: Caller) -> Non
             [{}, {"a": "x"}],
         ),
         (
+            {"anyOf": [closed({"a": {"type": "string"}}, "a"), closed({"b": {"type": "integer"}}, "b")]},
+            [{"a": "5"}, {"a": ""}, {"b": "5"}],
+            [{"b": "x"}, {}],
+        ),
+        (
             {"anyOf": [closed({"a": {"const": 1}}, "a"), closed({"b": {"const": 2}}, "b")]},
             [{"a": "1"}, {"b": "2"}],
             [{}, {"a": "2"}, {"a": "1", "b": "2"}],
