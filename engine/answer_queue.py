@@ -1,9 +1,9 @@
 """What an engine says to each request, kept until the request's reader takes it.
 
 A step brings a token to many requests at once, and each costs its reader work: text, JSON, a write. Readers
-are woken a few at a time, new requests first, so that the event loop comes to other work in between: above
-all to a request that has just arrived, whose way in and out takes several turns of the loop. Who waits for
-longer finds more tokens there and takes them together, which costs less.
+are woken one at a time, those of new requests at once, so that the event loop comes to other work in between:
+above all to a request that has just arrived, whose way in and out takes several turns of the loop. Who waits
+for longer finds more tokens there and takes them together, which costs less.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from nybble.engine.messages import (
     RequestRefused,
     TokenEvent,
 )
-
-_TURN_COST = 128  # after which the loop gets a turn: about 1 ms
-_WAKE_COST = 16  # of waking a reader, in tokens
 
 
 class AnswerQueues:
@@ -62,14 +59,12 @@ class AnswerQueues:
 
     def _put(self, queue: AnswerQueue, event: EngineEvent | None) -> None:
         queue.put(event)
-        if queue.is_due:
-            return
-        queue.is_due = True
         if queue.is_new:
-            self._due.appendleft(queue)
-        else:
+            queue.wake()
+        elif not queue.is_due:
+            queue.is_due = True
             self._due.append(queue)
-        self._plan_turn()
+            self._plan_turn()
 
     def _plan_turn(self) -> None:
         if self._due and not self._is_turn_planned:
@@ -78,11 +73,7 @@ class AnswerQueues:
 
     def _take_turn(self) -> None:
         self._is_turn_planned = False
-        cost = 0
-        while self._due and cost < _TURN_COST:
-            queue = self._due.popleft()
-            cost += _WAKE_COST + len(queue)
-            queue.wake()
+        self._due.popleft().wake()
         self._plan_turn()
 
 

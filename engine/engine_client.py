@@ -223,17 +223,16 @@ class SubprocessEngine:
             raise EngineStartError("the checkpoint is not the one that was served; start the server anew")
 
     def _deliver(self, message: FromEngine) -> None:
-        if isinstance(message, EngineStats):
-            self.stats = message
-            return
-        if isinstance(message, TokenEvent):
-            self.last_token_time = time.monotonic()
-        if isinstance(message, EngineFailed):
-            logger.error("the engine cannot go on: %s", message.message)
-        elif isinstance(
-            message, TokenEvent | PromptLogprobs | RequestAccepted | RequestFailed | RequestRefused
-        ):
-            self._answers.put(message)
+        match message:
+            case TokenEvent():
+                self.last_token_time = time.monotonic()
+                self._answers.put(message)
+            case PromptLogprobs() | RequestAccepted() | RequestFailed() | RequestRefused():
+                self._answers.put(message)
+            case EngineStats():
+                self.stats = message
+            case EngineFailed():
+                logger.error("the engine cannot go on: %s", message.message)
 
     async def _end_process(self) -> None:
         """Close the connection, which tells the engine to end; if it does not, end it."""

@@ -20,6 +20,7 @@ _json = msgspec.json.Encoder()
 _Chunks = AsyncGenerator[Any, None]
 
 _KEEP_ALIVE_SECONDS = 10.0
+_ACCEPTED_INTERVAL = 1.0  # seconds between looks
 
 
 class EventStream(StreamingResponse):
@@ -40,17 +41,15 @@ class EventStream(StreamingResponse):
         That is the first chunk, or silence after `accepted`, which is set when the engine has taken the
         request: a long prompt may be before it.
         """
-        waiting = asyncio.create_task(accepted.wait())
         try:
-            await asyncio.wait({self._first, waiting}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({self._first}, timeout=_KEEP_ALIVE_SECONDS)
+            while not self._first.done() and not accepted.is_set():
+                await asyncio.wait({self._first}, timeout=_ACCEPTED_INTERVAL)
             if self._first.done():
                 self._first.result()
         except BaseException:
             await self._end_first()
             raise
-        finally:
-            waiting.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Both: a reader that never reads may go before the first event was taken.

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -29,13 +30,20 @@ from nybble.server.server_config import ServeConfig, ServerConfig
 
 logger = logging.getLogger("nybble.server")
 
+_SWITCH_INTERVAL = 0.0005  # seconds; Python's default is ten times that
+
 
 def _log_address(url: str) -> None:
     logger.info("listening on %s", url)
 
 
 def run_on_uvloop(work: Coroutine[Any, Any, None]) -> None:
-    """`asyncio.run`, on the faster loop; uvicorn only chooses it where it starts the loop itself."""
+    """`asyncio.run`, on the faster loop; uvicorn only chooses it where it starts the loop itself.
+
+    While the loop is busy, a thread that reads a request waits for the interpreter for a switch interval, and
+    that at least twice.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work)
 

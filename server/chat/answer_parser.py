@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from msgspec import Struct
@@ -177,19 +178,15 @@ class AnswerParser:
 
 
 def joined_pieces(pieces: Iterable[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one."""
+    """Neighbours of one kind as one; every call begins anew."""
     joined: list[Piece] = []
-    for piece in pieces:
-        if not joined:
-            joined.append(piece)
-            continue
-        match joined, piece:
-            case [*_, Reasoning(before)], Reasoning(text):
-                joined[-1] = Reasoning(before + text)
-            case [*_, Content(before)], Content(text):
-                joined[-1] = Content(before + text)
-            case [*_, CallArguments(before)], CallArguments(text):
-                joined[-1] = CallArguments(before + text)
-            case _:
-                joined.append(piece)
+    for kind, group in groupby(pieces, type):
+        if kind is CallStart:
+            joined += group
+        else:
+            joined.append(kind("".join(_text(piece) for piece in group)))
     return joined
+
+
+def _text(piece: Piece) -> str:
+    return "" if isinstance(piece, CallStart) else piece.text
