@@ -17,27 +17,13 @@ from nybble.server.chat.tools import Tools, check_tools, offered_tools
 from nybble.server.errors import BadRequestError, UnprocessableError
 from nybble.server.grammars.call_grammar import call_grammar
 from nybble.server.requests.grammar_request import asked_grammar, coming_thought
+from nybble.server.requests.refused_fields import REFUSED_IN_CHATS
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
 from nybble.server.requests.schemas import ChatCompletionRequest, ChatMessage
 from nybble.server.served_model import ServedModel
 
 _decoder = msgspec.json.Decoder(ChatCompletionRequest)
-
-# Fields that are refused unless they hold a value that changes nothing.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt_logprobs": (),
-    "skip_special_tokens": (True,),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class ChatRequest:
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Decode and check types, ranges and support; BadRequestError names the field."""
     request = decode_body(body, _decoder)
-    check_supported(request, _UNSUPPORTED)
+    check_supported(request, REFUSED_IN_CHATS)
     check_chat(request)
     _check_combinations(request)
     return request

@@ -102,15 +102,21 @@ def offered_tools(request: ChatCompletionRequest, tokenizer: Tokenizer) -> Tools
         message = "tools: not supported by this model: it has no tokens for tool calls"
         raise BadRequestError(message, "tools", "unsupported_parameter")
     is_parallel = request.parallel_tool_calls is not False
+    definitions = [_without_hints(tool) for tool in request.tools]
     match request.tool_choice:
         case NamedTool(function=function):
             names = frozenset({function.name})
-            return Tools(request.tools, is_parallel=False, is_call_required=True, names=names)
+            return Tools(definitions, is_parallel=False, is_call_required=True, names=names)
         case AllowedTools(allowed_tools=allowed):
             names = frozenset(tool.function.name for tool in allowed.tools)
-            return Tools(request.tools, is_parallel, allowed.mode == "required", names)
+            return Tools(definitions, is_parallel, allowed.mode == "required", names)
         case choice:
-            return Tools(request.tools, is_parallel, is_call_required=choice == "required")
+            return Tools(definitions, is_parallel, is_call_required=choice == "required")
+
+
+def _without_hints(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As it came, but for what is said to caches and not to the model."""
+    return {name: value for name, value in tool.items() if name != "cache_control"}
 
 
 def _check_choice(choice: ToolChoice | None, names: set[str]) -> None:

@@ -20,6 +20,7 @@ from nybble.server.requests.completion_schemas import (
     Prompt,
 )
 from nybble.server.requests.grammar_request import asked_grammar, open_thought
+from nybble.server.requests.refused_fields import REFUSED_IN_COMPLETIONS
 from nybble.server.requests.request_body import check_supported, decode_body
 from nybble.server.requests.sampling_fields import settle_sampling, stop_strings
 from nybble.server.served_model import ServedModel
@@ -27,16 +28,6 @@ from nybble.server.served_model import ServedModel
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
-
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
-    "skip_special_tokens": (True,),
-    "suffix": ("",),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class CompletionJob:
 def parse_completion_request(body: bytes) -> CompletionRequest:
     """Decode and check types, ranges and support; BadRequestError names the field."""
     request = decode_body(body, _decoder)
-    check_supported(request, _UNSUPPORTED)
+    check_supported(request, REFUSED_IN_COMPLETIONS)
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("stream_options: needs stream to be true", "stream_options")
     return request

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from nybble.server.requests.grammar_fields import FormFields
+from nybble.server.requests.refused_fields import RefusedFields
 from nybble.server.requests.sampling_fields import TokenId
 from nybble.server.requests.schemas import (
     MAX_TOP_LOGPROBS,
@@ -29,7 +29,7 @@ MAX_PROMPT_LOGPROBS = 1 << 18  # of a request: for each token of its prompts one
 Prompt = str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
 
 
-class CompletionRequest(FormFields, frozen=True, kw_only=True):
+class CompletionRequest(RefusedFields, frozen=True, kw_only=True):
     model: str
     prompt: Prompt
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
@@ -41,14 +41,10 @@ class CompletionRequest(FormFields, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: CacheSalt | None = None
-    # Not honoured, hence refused when set to anything but what does nothing.
+    # Refused.
     best_of: int | None = None
-    include_stop_str_in_output: bool | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool | None = None
     suffix: str | None = None
     truncate_prompt_tokens: int | None = None
-    use_beam_search: bool | None = None
 
 
 class CompletionLogprobs(Struct, frozen=True):
@@ -94,7 +90,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     tools: ToolDefinitions | None = None
-    # Not honoured, as above.
+    # Refused.
     chat_template: Any = None
 
 

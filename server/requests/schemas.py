@@ -1,7 +1,7 @@
 """The OpenAI chat API's JSON, as types. Field names are the wire's.
 
-A request field of OpenAI's or of vLLM's sampling that would change the answer and that we do not honour is
-listed here too, so that using it is an error that names it; any other field is ignored.
+A field of OpenAI's that would change the answer and that we do not honour is listed here too, so that using
+it is an error that names it (`refused_fields.py`); any other field is ignored.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from nybble.server.requests.grammar_fields import FormFields
+from nybble.server.requests.refused_fields import RefusedFields
 from nybble.server.requests.sampling_fields import PositiveInt
 
 MAX_TOP_LOGPROBS = 20
@@ -119,7 +119,7 @@ class ReasoningOptions(Struct, frozen=True):
     effort: ReasoningEffort | None = None
 
 
-class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
+class ChatCompletionRequest(RefusedFields, frozen=True, kw_only=True):
     model: str
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: PositiveInt | None = None
@@ -141,16 +141,14 @@ class ChatCompletionRequest(FormFields, frozen=True, kw_only=True):
     tools: ToolDefinitions | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Not honoured yet, hence refused when set to anything but what does nothing.
+    # Refused.
     audio: Any = None
+    echo: bool | None = None
     function_call: Any = None
     functions: Any = None
-    include_stop_str_in_output: bool | None = None
     modalities: Any = None
     prediction: Any = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool | None = None
-    use_beam_search: bool | None = None
+    store: bool | None = None
     verbosity: Any = None
     web_search_options: Any = None
 
