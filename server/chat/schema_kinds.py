@@ -25,7 +25,7 @@ class SchemaKinds:
     def property(self, name: str) -> Any:
         """The schema of a property of the root, any of several where it has several parts or forms, or of
         those that it does not list."""
-        parts = list(self._parts(self._root, set()))
+        parts = list(self._parts(self._root, {"#"}))
         lists = [properties for part in parts if isinstance(properties := part.get("properties"), Mapping)]
         found = [properties[name] for properties in lists if name in properties]
         found = found or [part["additionalProperties"] for part in parts if "additionalProperties" in part]

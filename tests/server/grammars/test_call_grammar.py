@@ -60,7 +60,7 @@ class Caller:
         end = self.id("<|user|>")
         state = self.compiler.start(grammar, (end,))
         tags = ("</arg_key>", "</arg_value>", "</tool_call>", "<tool_call>", "</think>")
-        closing = [*map(self.id, tags), *b'"]}5/']
+        closing = [*map(self.id, tags), *b'"]}5/b']
         token_ids = random_answer(
             state, random.Random(seed), end, num_tokens, closing, {self.id(tag): 9 for tag in tags}
         )
