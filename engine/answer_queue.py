@@ -29,6 +29,8 @@ from nybble.engine.messages import (
     TokenEvent,
 )
 
+_MAX_UNTAKEN = 16_384  # events of a request: some megabytes
+
 
 class AnswerQueues:
     """Of all open requests."""
@@ -46,10 +48,18 @@ class AnswerQueues:
         """What comes for it from now on is dropped."""
         self._queues.pop(request_id, None)
 
-    def put(self, event: EngineEvent) -> None:
+    def put(self, event: EngineEvent) -> bool:
+        """False: so much waits there that nobody takes it. The request has failed, and is to be aborted."""
         queue = self._queues.get(event.request_id)  # None: aborted meanwhile
-        if queue is not None:
+        if queue is None:
+            return True
+        if len(queue) < _MAX_UNTAKEN:
             self._put(queue, event)
+            return True
+        self.close(event.request_id)
+        message = f"the answer was ended: {len(queue)} tokens of it were not taken"
+        self._put(queue, RequestFailed(request_id=event.request_id, message=message, kind="timeout"))
+        return False
 
     def fail_all(self) -> int:
         """The engine is gone: so the readers are told. Returns how many there are."""

@@ -226,7 +226,8 @@ class SubprocessEngine:
         match message:
             case TokenEvent():
                 self.last_token_time = time.monotonic()
-                self._answers.put(message)
+                if not self._answers.put(message):
+                    self._send(Abort(request_id=message.request_id))
             case PromptLogprobs() | RequestAccepted() | RequestFailed() | RequestRefused():
                 self._answers.put(message)
             case EngineStats():

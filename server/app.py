@@ -30,13 +30,14 @@ from nybble.server.chat.completion import Completion
 from nybble.server.chat.replay_store import ReplayStore
 from nybble.server.errors import (
     APIError,
-    EncodingError,
-    TooLargeError,
     api_error,
 )
 from nybble.server.event_stream import EventStream
 from nybble.server.faults import AnswerFaults
+from nybble.server.http_checks import CheckRequests
 from nybble.server.http_metrics import CountRequests, HTTPMetrics
+from nybble.server.incoming_body import read_body
+from nybble.server.json_response import json_response
 from nybble.server.monitoring import Monitoring
 from nybble.server.openapi import describe_api
 from nybble.server.request_ids import RequestIds
@@ -52,7 +53,6 @@ from nybble.server.work_pool import WorkPool
 logger = logging.getLogger("nybble.server")
 
 T = TypeVar("T")
-_json = msgspec.json.Encoder()
 _NUM_WORK_THREADS = 4
 _WORK_SECONDS = 60.0
 
@@ -83,6 +83,7 @@ def create_app(
             Middleware(CountRequests, metrics=http, routes=routes),
             Middleware(RequestIds),
             Middleware(AnswerFaults, answer=_answer_error),
+            Middleware(CheckRequests),
             *gate,
         ],
     )
@@ -100,7 +101,7 @@ class _API:
         self._replay = ReplayStore(model.tokenizer, config.max_replay_tokens)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await _read_body(request, self._config.max_body_bytes)
+        body = await read_body(request, self._config)
         # Templates and tokenizers take long on long prompts: not on the event loop.
         prepared = await self._pool.run(
             lambda: prepare_chat_request(_own(parse_chat_request(body), request), self._model, self._replay)
@@ -112,7 +113,7 @@ class _API:
         return await _run(request, completion, prepared.is_stream)
 
     async def completions(self, request: Request) -> Response:
-        body = await _read_body(request, self._config.max_body_bytes)
+        body = await read_body(request, self._config)
         job = await self._pool.run(
             lambda: prepare_completion_request(parse_completion_request(body), self._model)
         )
@@ -124,12 +125,12 @@ class _API:
         return await _run(request, completion, job.is_stream)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await _read_body(request, self._config.max_body_bytes)
-        return _json_response(await self._pool.run(lambda: tokenize(body, self._model)))
+        body = await read_body(request, self._config)
+        return json_response(await self._pool.run(lambda: tokenize(body, self._model)))
 
     async def detokenize(self, request: Request) -> Response:
-        body = await _read_body(request, self._config.max_body_bytes)
-        return _json_response(await self._pool.run(lambda: detokenize(body, self._model)))
+        body = await read_body(request, self._config)
+        return json_response(await self._pool.run(lambda: detokenize(body, self._model)))
 
     def _engine_for(self, request: Request, prompts: Sequence[AskedPrompt]) -> EngineClient:
         """The engine, charged to whose request it is. Raises TooManyRequestsError: its limits do not do."""
@@ -139,17 +140,17 @@ class _API:
         return MeteredEngine(self._engine, visit, prompts, self._model.max_model_len)
 
     async def models(self, request: Request) -> Response:
-        return _json_response(ModelList(data=[self._model_object()]))
+        return json_response(ModelList(data=[self._model_object()]))
 
     async def model(self, request: Request) -> Response:
         self._model.check_name(request.path_params["name"])
-        return _json_response(self._model_object())
+        return json_response(self._model_object())
 
     async def version(self, request: Request) -> Response:
-        return _json_response(Version(version("nybble")))
+        return json_response(Version(version("nybble")))
 
     async def openapi(self, request: Request) -> Response:
-        return _json_response(self._description)
+        return json_response(self._description)
 
     def _model_object(self) -> Model:
         model = self._model
@@ -165,34 +166,10 @@ def _own(asked: ChatCompletionRequest, request: Request) -> ChatCompletionReques
 
 async def _run(request: Request, completion: Completion | TextCompletionRun, is_stream: bool) -> Response:
     if not is_stream:
-        return _json_response(await _unless_disconnected(request, completion.whole()))
+        return json_response(await _unless_disconnected(request, completion.whole()))
     stream = EventStream(completion.chunks())
     await _unless_disconnected(request, stream.begin(completion.accepted))
     return stream
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The request body.
-
-    Raises:
-        EncodingError: it is compressed.
-        TooLargeError: as soon as more than `limit` bytes are certain.
-    """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        message = f"Content-Encoding: {encoding[:40]!r} is not supported: send the body as it is"
-        raise EncodingError(message, code="unsupported_encoding")
-    body = bytearray()
-    declared = request.headers.get("content-length", "")
-    too_large = TooLargeError(f"the request body exceeds {limit} bytes", code="request_too_large")
-    # More digits than any length has are more than int() takes, too.
-    if declared.isdecimal() and (len(declared) > 20 or int(declared) > limit):
-        raise too_large
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -216,14 +193,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(_json.encode(content), status, headers, media_type="application/json")
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     answer = route_error(request, error) if isinstance(error, HTTPException) else api_error(error)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return _json_response(answer.body(), answer.status, headers | answer.headers())
+    return json_response(answer.body(), answer.status, headers | answer.headers())
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

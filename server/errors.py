@@ -6,6 +6,7 @@
     ├── ForbiddenError        403  an API key that is disabled
     ├── NotFoundError         404  no such model or route
     ├── MethodError           405  a route that exists, another method
+    ├── SlowRequestError      408  the body did not come in time
     ├── TooLargeError         413  body over the limit
     ├── EncodingError         415  a body that is compressed
     ├── UnprocessableError    422  well-formed, but the chat template refuses it
@@ -77,6 +78,13 @@ class NotFoundError(APIError):
 
 class MethodError(APIError):
     status = 405
+
+
+class SlowRequestError(APIError):
+    status = 408
+
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}
 
 
 class TooLargeError(APIError):

@@ -9,6 +9,8 @@ import ssl
 from nybble.engine.errors import NybbleError
 from nybble.server.server_config import ServerConfig
 
+_MAX_TIMEOUT = 86400  # seconds
+
 
 class BindError(NybbleError):
     """The address cannot be listened on."""
@@ -39,6 +41,8 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     if not 0 <= config.port <= 65535:
         raise BindError(f"port is {config.port}, expected 0 to 65535")
+    if not 1 <= config.client_timeout <= _MAX_TIMEOUT:
+        raise BindError(f"client_timeout is {config.client_timeout}, expected 1 to {_MAX_TIMEOUT}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -46,6 +50,8 @@ def bind(config: ServerConfig) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # For each connection: how long its client may acknowledge nothing, or have no room for more.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, config.client_timeout * 1000)
             sock.bind(address)
             _check_reach(sock, config)
         except (OSError, BindError):

@@ -27,7 +27,7 @@ from nybble.server.requests.schemas import (
     Version,
 )
 
-ERROR_STATUSES = ("400", "401", "403", "404", "405", "413", "415", "422", "429", "500", "503", "504")
+ERROR_STATUSES = ("400", "401", "403", "404", "405", "408", "413", "415", "422", "429", "500", "503", "504")
 
 
 @dataclass(frozen=True)

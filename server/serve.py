@@ -24,6 +24,7 @@ from nybble.engine.messages import EngineReady
 from nybble.engine.tokenizer import Tokenizer
 from nybble.server.access.opened_access import opened_access
 from nybble.server.app import create_app
+from nybble.server.http_protocol import http_protocol
 from nybble.server.listening import bind, listen, tls_context, url_of
 from nybble.server.served_model import describe_model
 from nybble.server.server_config import ServeConfig, ServerConfig
@@ -31,6 +32,7 @@ from nybble.server.server_config import ServeConfig, ServerConfig
 logger = logging.getLogger("nybble.server")
 
 _SWITCH_INTERVAL = 0.0005  # seconds; Python's default is ten times that
+_IDLE_SECONDS = 75  # of a connection between requests: longer than clients and proxies keep theirs
 
 
 def _log_address(url: str) -> None:
@@ -147,14 +149,13 @@ async def prepared_server(
 def _settings(app: Starlette, config: ServerConfig, context: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        # httptools takes a POST with `Upgrade: h2c`, as Java's client sends, for one without a body, and
-        # headers of any size.
-        http="h11",
+        http=http_protocol(config.client_timeout),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,  # nothing asks who is behind a proxy
+        timeout_keep_alive=_IDLE_SECONDS,
         # Beyond our own limit, for connections that never became a request.
         timeout_graceful_shutdown=config.shutdown_timeout + 2,
         ssl_certfile=config.ssl_certfile,

@@ -40,6 +40,12 @@ class ServerConfig:
         default=10, metadata={"help": "seconds within which the engine must give a token to be called ready"}
     )
     max_body_bytes: int = field(default=16 << 20, metadata={"help": "largest request body that is read"})
+    client_timeout: int = field(
+        default=60,
+        metadata={
+            "help": "seconds that a client may take for a request's head, for its body, or to take nothing"
+        },
+    )
     shutdown_timeout: int = field(
         default=30, metadata={"help": "seconds that open requests may go on after SIGTERM"}
     )

@@ -9,6 +9,11 @@ unbounded fan-out                            CVE-2026-34756
 a grammar or schema that ends the engine     CVE-2025-48944, CVE-2025-29770
 special tokens in text                       CVE-2026-44222
 headers and bodies without a limit           CVE-2025-48956, CVE-2026-9540
+bodies that unpack to any size               (of the same class)
+spellings of a path that pass a gate         (of the first class)
+requests that two readers read differently   (request smuggling: tests/server/test_http_protocol.py)
+clients that send or take next to nothing    (slowloris: there, and tests/test_operations.py)
+pages that send to a server of their reader  (tests/server/test_http_checks.py)
 addresses that the server fetches            CVE-2026-24779, CVE-2026-5530, CVE-2026-22773
 memory bugs in parsers of model files        CVE-2026-27940
 administration without a key                 CVE-2024-37032, CVE-2026-7482
@@ -35,6 +40,7 @@ import pytest
 from safetensors_file import entry, write, write_raw
 from scripted_engine import ScriptedEngine
 from starlette.routing import Route
+from starlette.types import Message
 from tiny_tokenizer import tiny_tokenizer, write_tokenizer
 
 from nybble.engine.checkpoint.checkpoint import Checkpoint
@@ -227,12 +233,37 @@ def test_text_does_not_become_special_tokens(model: ServedModel) -> None:
 
 
 def test_bodies_have_a_limit_and_are_never_unpacked(model: ServedModel) -> None:
-    """Of headers: tests/server/test_serve.py, test_endless_headers_are_refused."""
+    """Of heads: tests/server/test_serve.py, test_endless_headers_are_refused."""
     for path in (CHAT, "/v1/completions", "/tokenize", "/detokenize"):
         assert send(model, "POST", path, content=b" " * ((1 << 20) + 1)).status_code == 413
     bomb = gzip.compress(json.dumps(chat("x" * 10_000_000)).encode())
     response = send(model, "POST", CHAT, content=bomb, headers={"Content-Encoding": "gzip"})
     assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_encoding")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//health", "/health/", "/health/../v1/models", "/./health", "/HEALTH", "/health;x", "/health\0",
+     "/health ",
+     "health", "", "/health?", "/health#", "\\health", "/v1/../health", "http://test/health", "*"],
+)  # fmt: skip
+def test_no_spelling_of_a_path_gets_past_the_keys(model: ServedModel, access: Access, path: str) -> None:
+    """How paths are decoded: tests/server/test_http_protocol.py."""
+    app = create_app(ScriptedEngine([]), model, ServerConfig(), access)
+    sent: list[Message] = []
+
+    async def take(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    for method in ("GET", "POST"):
+        scope = {"type": "http", "method": method, "path": path, "raw_path": b"/health", "query_string": b"",
+                 "root_path": "", "headers": [], "scheme": "http", "server": ("test", 80)}  # fmt: skip
+        sent.clear()
+        asyncio.run(app(scope, receive, take))
+        assert sent[0]["status"] == 401
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
@@ -268,14 +299,43 @@ def test_there_is_no_administration_and_no_route_without_a_key(model: ServedMode
         assert send(model, "GET", path, access=access).status_code == 401
 
 
-def test_nothing_of_requests_is_logged(model: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+SECRET_BODIES = [
+    chat([{"type": SECRET_TEXT}]),
+    chat(SECRET_TEXT) | {"model": SECRET_TEXT},
+    chat(SECRET_TEXT) | {"temperature": SECRET_TEXT},
+    chat(SECRET_TEXT) | {"response_format": {"type": "json_schema", "json_schema": {"name": SECRET_TEXT}}},
+    chat(SECRET_TEXT) | {"guided_regex": f"({SECRET_TEXT}"},
+    chat(SECRET_TEXT) | {"tools": [{"type": "function", "function": {"name": SECRET_TEXT}}]},
+    chat(SECRET_TEXT) | {"chat_template_kwargs": {SECRET_TEXT: 1}},
+    chat(SECRET_TEXT) | {"logit_bias": {SECRET_TEXT: 1}},
+    chat(SECRET_TEXT * 100),
+    {"model": "tiny", "messages": [{"role": SECRET_TEXT, "content": SECRET_TEXT}]},
+    [SECRET_TEXT],
+]
+
+
+def test_nothing_of_requests_is_logged(
+    model: ServedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is refused with a message that quotes it, and where the server fails at it."""
     caplog.set_level(logging.INFO)
-    for engine in (ScriptedEngine([65]), ScriptedEngine([65, RuntimeError(SECRET_TEXT)])):
+    fault = RuntimeError(SECRET_TEXT)
+    for engine in (ScriptedEngine([65]), ScriptedEngine([65, fault]), ScriptedEngine([fault])):
         for stream in (True, False):
             send(model, "POST", CHAT, engine, json=chat(SECRET_TEXT) | {"stream": stream})
-    send(model, "POST", CHAT, json=chat([{"type": SECRET_TEXT}]), headers={"Authorization": SECRET_TEXT})
+    for body in SECRET_BODIES:
+        response = send(model, "POST", CHAT, json=body, headers={"Authorization": SECRET_TEXT})
+        assert response.status_code < 500
     send(model, "POST", CHAT, content=f'{{"model": {SECRET_TEXT}')
+    send(model, "POST", CHAT, content=SECRET_TEXT.encode("utf-16"))
     send(model, "GET", f"/{SECRET_TEXT}")
+
+    def fail(self: Tokenizer, *args: Any, **options: Any) -> None:
+        raise KeyError(SECRET_TEXT)
+
+    monkeypatch.setattr(Tokenizer, "render_chat", fail)
+    for path, body in ((CHAT, chat(SECRET_TEXT)), ("/tokenize", chat(SECRET_TEXT))):
+        assert send(model, "POST", path, json=body).status_code == 500
     ours = [logging.Formatter().format(one) for one in caplog.records if one.name != "httpx"]
-    assert any("RuntimeError" in line for line in ours)
+    assert sum("RuntimeError" in line for line in ours) == 4 and sum("KeyError" in line for line in ours) == 2
     assert not any("a7f3" in line for line in ours)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from processes import wait_until
 from prometheus_client.parser import text_string_to_metric_families
@@ -173,3 +176,111 @@ def test_an_engine_that_hangs_is_noticed_and_seen_to_come_back(
     finally:
         server.engine.send_signal(signal.SIGCONT)
     wait_until(lambda: client.get("/ready").status_code == 200)
+
+
+@pytest.fixture(scope="module")
+def quick(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """No model, 500 tokens a second for each request; it gives clients 3 s."""
+    options = ("--null-step-ms", "2", "--client-timeout", "3")
+    with running_server(checkpoint, tmp_path_factory.mktemp("quick"), *options) as server:
+        yield server
+
+
+def send(connection: socket.socket, max_tokens: int) -> None:
+    content = json.dumps(body(max_tokens, stream=True)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+
+
+def seconds_of_answer(client: httpx.Client) -> float:
+    start = time.monotonic()
+    answer = client.post(CHAT, json=body(400, stream=True))
+    assert answer.text.endswith("data: [DONE]\n\n")
+    return time.monotonic() - start
+
+
+def test_a_reader_that_takes_nothing_costs_only_itself(quick: ServerProcess) -> None:
+    """Others are as fast as without it, memory does not grow, and it is cut off when its time is over."""
+    with httpx.Client(base_url=quick.url, timeout=DEADLINE) as client, ExitStack() as readers:
+        alone = [seconds_of_answer(client) for _ in range(3)]
+        before, memory = Scrape(client), psutil.Process(quick.process.pid).memory_info().rss
+        for _ in range(8):
+            send(readers.enter_context(quick.connect(receive_buffer=4096)), 100_000)
+        beside = [seconds_of_answer(client) for _ in range(3)]
+        assert min(beside) < 2 * max(
+            alone
+        )  # of a busy machine; one that waits for the readers takes for ever
+        wait_until(lambda: Scrape(client).change(before, "vllm:request_success_total", "abort") == 8)
+        now = Scrape(client)
+        assert now.values["nybble:http_requests_in_flight", "POST", CHAT] == 0
+        assert now.values["vllm:num_requests_running",] == 0
+        assert psutil.Process(quick.process.pid).memory_info().rss - memory < 64 << 20
+
+
+def test_a_client_that_sends_too_slowly_is_cut_off(quick: ServerProcess) -> None:
+    """Its head: no answer. Its body: status 408. Others are not hindered."""
+    with ExitStack() as clients:
+        heads = [clients.enter_context(quick.connect()) for _ in range(50)]
+        for one in heads:
+            one.sendall(b"GET /v1/models HTTP/1.1\r\nX-a: ")
+        bodies = [clients.enter_context(quick.connect()) for _ in range(50)]
+        for one in bodies:
+            one.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+        start = time.monotonic()
+        assert httpx.get(f"{quick.url}/health", timeout=DEADLINE).status_code == 200
+        assert {one.recv(1 << 16) for one in heads} == {b""}
+        for one in bodies:
+            assert one.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+        assert 2 < time.monotonic() - start < 3 + 10
+
+
+@pytest.fixture
+def steady(checkpoint: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    """No model, a step every 0.3 s, logs as JSON."""
+    with running_server(checkpoint, tmp_path, "--null-step-ms", "300", "--log-format", "json") as server:
+        yield server
+
+
+def test_a_client_that_goes_costs_one_more_step(steady: ServerProcess) -> None:
+    """And then SIGTERM: what is open is finished, nothing new begins, the log is JSON to its end."""
+    with httpx.Client(base_url=steady.url, timeout=DEADLINE) as client:
+        with client.stream("POST", CHAT, json=body(1000, stream=True)) as response:
+            lines = (line for line in response.iter_lines() if line)
+            first, *_ = (next(lines) for _ in range(5))  # the role, and four tokens
+        assert '"role":"assistant"' in first
+        wait_until(lambda: Scrape(client).values.get(("vllm:request_success_total", "abort")) == 1)
+        # One is computed when the connection is closed; the abort comes before the step after it.
+        assert 4 <= Scrape(client).values["vllm:generation_tokens_total",] <= 4 + 2
+
+        with client.stream("POST", CHAT, json=body(10, stream=True)) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            steady.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: _refuses(steady))
+            *_, last, done = lines
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+    assert steady.process.wait(DEADLINE) == 0
+    records = [json.loads(line) for line in steady.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message", "pid"} <= record.keys() for record in records)
+    assert {record["pid"] for record in records} >= {steady.process.pid}
+    assert records[-1]["message"] == "stopped" and {record["level"] for record in records} == {"INFO"}
+
+
+def _refuses(server: ServerProcess) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(server.address) != 0
+
+
+def test_a_second_sigterm_ends_at_once(steady: ServerProcess) -> None:
+    asked = {"json": body(1000, stream=True), "timeout": DEADLINE}
+    with httpx.stream("POST", steady.url + CHAT, **asked) as response:
+        lines = response.iter_lines()
+        next(lines)
+        steady.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: _refuses(steady))
+        steady.process.send_signal(signal.SIGTERM)
+        with suppress(httpx.RemoteProtocolError):
+            assert len(list(lines)) < 100
+    assert steady.process.wait(20) == 0
+    assert all(json.loads(line) for line in steady.log.read_text().splitlines())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
 from starlette.requests import HTTPConnection
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nybble.server.access.access import Access
 from nybble.server.access.visit import Visit
 from nybble.server.errors import APIError
+from nybble.server.json_response import error_response
 
 _OPEN_PATHS = frozenset({"/health"})
 _VISIT = "nybble.visit"
@@ -46,11 +45,6 @@ def visit_of(request: HTTPConnection) -> Visit | None:
     """Whose request it is; None where the server has no keys."""
     visit: Visit | None = request.scope.get(_VISIT)
     return visit
-
-
-def error_response(error: APIError) -> Response:
-    content = msgspec.json.encode(error.body())
-    return Response(content, error.status, error.headers(), media_type="application/json")
 
 
 def _authorization(scope: Scope) -> list[str]:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_MAX_UNTAKEN = 256  # items, before the streams wait
+
 Stream = AsyncGenerator[T, None]
 
 
@@ -35,9 +37,12 @@ async def run_all(streams: Sequence[Stream[T]]) -> Stream[tuple[int, T]]:
     """What the streams yield, each with its stream's place, as it comes; ends as `run_choices` does."""
     items: asyncio.Queue[tuple[int, T] | asyncio.Task[None]] = asyncio.Queue()
 
+    room = asyncio.Semaphore(_MAX_UNTAKEN)
+
     async def pump(number: int, stream: Stream[T]) -> None:
         async with aclosing(stream):
             async for item in stream:
+                await room.acquire()
                 items.put_nowait((number, item))
 
     tasks = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(streams)]
@@ -51,6 +56,7 @@ async def run_all(streams: Sequence[Stream[T]]) -> Stream[tuple[int, T]]:
                 item.result()
                 num_running -= 1
             else:
+                room.release()
                 yield item
     finally:
         for task in tasks:

@@ -21,6 +21,7 @@ from processes import DEADLINE, Family, family, wait_until
 from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
 from tiny_glm import make_checkpoint
 
+from nybble.engine import answer_queue
 from nybble.engine.engine_client import EngineStartError, SubprocessEngine
 from nybble.engine.engine_config import EngineConfig, ParallelConfig
 from nybble.engine.errors import (
@@ -154,6 +155,26 @@ def test_closing_the_iterator_aborts_and_frees_the_blocks(config: EngineConfig) 
     drive(work())
 
 
+def test_an_answer_that_nobody_takes_is_ended(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When so much of it waits; what there was can still be taken. Others go on."""
+    monkeypatch.setattr(answer_queue, "_MAX_UNTAKEN", 10)
+
+    async def scenario() -> None:
+        async with running(config) as engine:
+            untaken = engine.generate(request("a", random_prompt(5, seed=1), 200))
+            await first_token(untaken)
+            await until(lambda: engine.stats is not None and engine.stats.num_finished == {"abort": 1})
+            assert len(await collect(engine, request("b", random_prompt(5, seed=2), 8))) == 8
+            events = []
+            with pytest.raises(RequestTimeoutError, match="10 tokens of it were not taken"):
+                async for group in untaken:
+                    events += group
+            assert len(events) == 10
+            await until(lambda: has_all_blocks(engine.stats))
+
+    drive(scenario())
+
+
 def test_death_answers_every_open_request_and_the_engine_comes_back(config: EngineConfig) -> None:
     async def work() -> None:
         async with running(config) as engine:
@@ -265,6 +286,7 @@ def test_whichever_process_dies_all_end_and_the_engine_comes_back(
 SERVER = """
 import asyncio, sys
 import msgspec
+from nybble.engine import answer_queue
 from nybble.engine.engine_client import SubprocessEngine
 from nybble.engine.engine_config import EngineConfig
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,19 @@ from nybble.server.server_config import ServerConfig
 def test_bind_refuses(host: str, port: int) -> None:
     with pytest.raises(BindError):
         bind(ServerConfig(host=host, port=port)).close()
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 100_000])
+def test_a_time_limit_for_clients_there_must_be(timeout: int) -> None:
+    with pytest.raises(BindError, match="client_timeout"):
+        bind(ServerConfig(port=0, client_timeout=timeout)).close()
+
+
+def test_connections_inherit_it() -> None:
+    with bind(ServerConfig(port=0, client_timeout=7)) as sock:
+        listen(sock)
+        with socket.create_connection(sock.getsockname()), sock.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
 
 
 def test_only_one_of_two_servers_that_load_at_once_gets_the_port() -> None:

@@ -80,3 +80,26 @@ def test_an_exception_of_one_ends_all(failing: int) -> None:
 def test_an_exception_before_the_first_item() -> None:
     with pytest.raises(ValueError, match="stream 0"):
         asyncio.run(_collect(_Streams([0, 3], failing=0), 2))
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_streams_wait_for_whoever_takes_their_items(count: int) -> None:
+    """So that a reader that is slow does not fill the memory."""
+
+    async def scenario() -> None:
+        made = 0
+
+        async def start(number: int) -> AsyncGenerator[int, None]:
+            nonlocal made
+            for item in range(2000):
+                made += 1
+                yield item
+
+        async with aclosing(run_choices(start, count)) as items:
+            for num_taken in range(1, 1000):
+                await anext(items)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                assert made <= num_taken + 256 + count
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
