@@ -1,7 +1,6 @@
 """Prompts, byte for byte and token by token, against the checkpoint's own templates in plain Jinja.
 
-tests/data/chat_templates says where the templates are from. The oracle is Jinja with the settings and the
-JSON that Hugging Face's templates are written for, over messages that golden_chats.py has by hand.
+The oracle is plain_jinja.py, over messages that golden_chats.py has by hand.
 """
 
 from __future__ import annotations
@@ -9,19 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from glm_model import glm_model
 from golden_chats import CHATS, WEATHER, GoldenChat, user
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from plain_jinja import NAMES, rendered, template_of
 
 from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.served_model import ServedModel
-
-TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
-NAMES = ("GLM-4.7-Flash", "GLM-4.6")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -31,22 +26,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return glm_model(tmp_path_factory.mktemp("glm"), _template(name))
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
-
-
-def _to_json(value: Any, ensure_ascii: bool = True) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii)
-
-
-def _wanted(name: str, messages: Sequence[Any], tools: Sequence[Any] = (), **options: bool) -> str:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    template = environment.from_string(_template(name))
-    return template.render(messages=messages, tools=tools or None, add_generation_prompt=True, **options)
+    return glm_model(tmp_path_factory.mktemp("glm"), template_of(name))
 
 
 def _token_ids(model: ServedModel, messages: Sequence[Any], **fields: Any) -> tuple[int, ...]:
@@ -58,7 +38,7 @@ def _token_ids(model: ServedModel, messages: Sequence[Any], **fields: Any) -> tu
 def test_a_prompt_is_what_the_template_says(name: str, model: ServedModel, chat: GoldenChat) -> None:
     fields = ({"tools": chat.tools} if chat.tools else {}) | chat.fields
     token_ids = _token_ids(model, chat.messages, **fields)
-    wanted = _wanted(name, chat.template_messages, chat.tools, **chat.options)
+    wanted = rendered(name, chat.template_messages, chat.tools, **chat.options)
     assert model.tokenizer.decode(token_ids) == wanted
     if not _has_token_names(name, chat):
         assert token_ids == model.tokenizer.encode(wanted)
@@ -66,7 +46,7 @@ def test_a_prompt_is_what_the_template_says(name: str, model: ServedModel, chat:
 
 def _has_token_names(name: str, chat: GoldenChat) -> bool:
     """GLM-4.7 has the token /nothink too, but its template does not look for it: it stays text."""
-    return chat.has_token_names or (chat.name.startswith("nothink") and "/nothink" not in _template(name))
+    return chat.has_token_names or (chat.name.startswith("nothink") and "/nothink" not in template_of(name))
 
 
 def test_there_are_enough() -> None:
