@@ -15,6 +15,9 @@ from msgspec import Struct
 
 from nybble.engine.errors import InvalidRequestError
 
+MAX_GRAMMAR_BYTES = 1 << 18
+MAX_CALLS_BYTES = 1 << 20  # of a grammar of tool calls, which is written here
+
 
 class Thought(Struct, frozen=True, kw_only=True):
     """What comes before the part of an answer that has a form, up to the token `end_token_id`.

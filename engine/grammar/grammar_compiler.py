@@ -17,11 +17,10 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
 
-from nybble.engine.grammar.grammar import Fault, Grammar
+from nybble.engine.grammar.grammar import MAX_CALLS_BYTES, MAX_GRAMMAR_BYTES, Fault, Grammar
 from nybble.engine.grammar.grammar_state import GrammarState, summary
 from nybble.engine.grammar.grammar_tokens import GrammarTokens
 
-MAX_GRAMMAR_BYTES = 1 << 18
 MAX_SPACES = 32  # one after the other between the tokens of JSON: a model can be caught in endless ones
 
 _NUM_KEPT = 64  # grammars that stay compiled
@@ -83,8 +82,9 @@ class GrammarCompiler:
         tokens = self._tokens()
         if tokens is None:
             return _no_tokens(grammar)
-        if _num_bytes(grammar) > MAX_GRAMMAR_BYTES:
-            return Fault(grammar.parameter, f"longer than {MAX_GRAMMAR_BYTES} bytes")
+        limit = MAX_CALLS_BYTES if grammar.kind == "calls" else MAX_GRAMMAR_BYTES
+        if len(grammar.text.encode()) > limit:
+            return Fault(grammar.parameter, f"longer than {limit} bytes")
         if grammar.content is not None and isinstance(fault := self._get(grammar.content), Fault):
             return fault
         try:
@@ -107,10 +107,6 @@ class GrammarCompiler:
 
 def _no_tokens(grammar: Grammar) -> Fault:
     return Fault(grammar.parameter, "the checkpoint has no tokenizer.json")
-
-
-def _num_bytes(grammar: Grammar) -> int:
-    return len(grammar.text.encode()) + (_num_bytes(grammar.content) if grammar.content else 0)
 
 
 def _located(grammar: Grammar, error: str) -> Fault:

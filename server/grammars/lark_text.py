@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+from nybble.engine.grammar.grammar import MAX_CALLS_BYTES
+
 
 class InexpressibleError(ValueError):
     """Something that a grammar cannot say. place: the request's field that asks for it, where known."""
@@ -20,6 +22,7 @@ class LarkText:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._places: list[str] = []
+        self._num_characters = 0
 
     def add(self, kind: str, body: str, place: str) -> str:
         """A new rule, or terminal if `kind` is in capitals; gives its name."""
@@ -28,7 +31,14 @@ class LarkText:
         return name
 
     def set(self, name: str, body: str, place: str) -> None:
-        """A rule with a name that was used before it was known."""
+        """A rule with a name that was used before it was known.
+
+        Raises:
+            InexpressibleError: the grammar has become too long.
+        """
+        self._num_characters += len(body)
+        if self._num_characters > MAX_CALLS_BYTES:
+            raise InexpressibleError(f"with this the grammar has more than {MAX_CALLS_BYTES} bytes", place)
         self._lines.append(f"{name}: {body}")
         self._places.append(place)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nybble.engine.grammar.grammar import MAX_CALLS_BYTES
 from nybble.server.grammars.lark_text import InexpressibleError, literal, regex
 from nybble.server.grammars.schema_references import SchemaReferences
 from nybble.server.grammars.text_formats import FORMATS
@@ -42,7 +43,7 @@ class TextLanguage:
                 return None
             parts.append(part)
         said = [part for part in parts if part != ANY_TEXT]
-        return " & ".join(f"({part})" for part in said) or ANY_TEXT
+        return _bounded(" & ".join(f"({part})" for part in said)) or ANY_TEXT
 
     def _parts(self, schema: Mapping[str, Any]) -> Iterator[str | None]:
         """All of them apply."""
@@ -114,11 +115,19 @@ def _either(languages: list[str | None]) -> str | None:
 
 def _exactly_one(languages: list[str | None]) -> str | None:
     found = [language for language in languages if language is not None]
+    if len(found) * sum(map(len, found)) > MAX_CALLS_BYTES:
+        raise InexpressibleError("oneOf: too many alternatives")
     alone = [
         _without(f"{ANY_TEXT} & ({language})", [*found[:index], *found[index + 1 :]])
         for index, language in enumerate(found)
     ]
     return _either([*alone])
+
+
+def _bounded(language: str) -> str:
+    if len(language) > MAX_CALLS_BYTES:
+        raise InexpressibleError("too long as a grammar")
+    return language
 
 
 def _of_type(names: Any) -> str | None:

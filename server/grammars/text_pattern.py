@@ -6,6 +6,7 @@ import re
 
 from nybble.server.grammars.lark_text import InexpressibleError
 
+_MAX_LENGTH = 1 << 16
 _TEXT = r"(?s:.*)"
 _PIECE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)|\[(?:\\.|[^\]\\])*\]|\(\?<?[A-Za-z:=!]|.", re.DOTALL)
 
@@ -18,8 +19,10 @@ def of_whole_text(pattern: str) -> str:
     """A pattern may match anywhere in a text, unless ^ and $ say otherwise.
 
     Raises:
-        InexpressibleError: it looks around, or has ^ or $ within a group.
+        InexpressibleError: it looks around, has ^ or $ within a group, or is too long.
     """
+    if len(pattern) > _MAX_LENGTH:
+        raise InexpressibleError(f"pattern: longer than {_MAX_LENGTH} characters")
     return "|".join(_branch(branch) for branch in _branches(pattern))
 
 

@@ -9,8 +9,8 @@ import pytest
 from tiny_tokenizer import write_tokenizer
 
 from nybble.engine.errors import InvalidRequestError
-from nybble.engine.grammar.grammar import Grammar
-from nybble.engine.grammar.grammar_compiler import MAX_GRAMMAR_BYTES, MAX_SPACES, GrammarCompiler
+from nybble.engine.grammar.grammar import MAX_GRAMMAR_BYTES, Grammar
+from nybble.engine.grammar.grammar_compiler import MAX_SPACES, GrammarCompiler
 
 
 @pytest.fixture(scope="module")

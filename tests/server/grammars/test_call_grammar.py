@@ -106,6 +106,10 @@ def _nested_arrays(depth: int) -> dict[str, Any]:
     return schema
 
 
+_REFERENCE = {"$ref": "#/$defs/large"}
+_LARGE = {"$defs": {"large": {"type": "array", "items": {"enum": [f"value {n}" for n in range(2000)]}}}}
+
+
 def check(arguments: Any, schema: Any) -> None:
     jsonschema.Draft202012Validator(schema).validate(arguments)
 
@@ -403,6 +407,9 @@ def test_calls_come_after_the_thought(caller: Caller, is_open: bool) -> None:
         (closed({}, "a"), "", "'a' is required and must not be there"),
         (closed({}, minProperties=1), "", "minProperties"),
         ({"$ref": "#"}, "", "refers to itself"),
+        (closed({"a": {"oneOf": [{"pattern": "x" * 999}] * 99}}), ".properties.a", "too many alternatives"),
+        (closed({"a": {"pattern": "x" * 2_000_000}}), ".properties.a", "longer than"),
+        (closed(dict.fromkeys(map(str, range(99)), _REFERENCE), **_LARGE), ".properties.", "more than"),
         (closed({"a": _nested_arrays(3000)}), "", "nested too deep"),
         (closed({"a": {"$ref": "#/properties/a"}}), ".properties.a", ""),
     ],
@@ -414,7 +421,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(
     with pytest.raises((BadRequestError, InvalidRequestError)) as caught:
         caller.compiler.start(caller.grammar(tools), (caller.id("<|user|>"),))
     param = caught.value.param if isinstance(caught.value, BadRequestError) else caught.value.parameter
-    assert param == f"tools[1].function.parameters{place}"
+    assert param and param.startswith(f"tools[1].function.parameters{place}")
     assert message in str(caught.value)
 
 
