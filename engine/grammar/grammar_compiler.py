@@ -111,6 +111,10 @@ def _no_tokens(grammar: Grammar) -> Fault:
 
 def _located(grammar: Grammar, error: str) -> Fault:
     """By the line that the library names, where lines are from different fields."""
+    if "coerce_one_of" in error:
+        error = re.sub(
+            "oneOf constraints .*", "oneOf of alternatives that may overlap; anyOf may be meant", error
+        )
     found = re.match(r"at (\d+)\(\d+\): ", error)
     index = int(found[1]) - 1 if found else -1
     if found and 0 <= index < len(grammar.line_parameters):
@@ -133,7 +137,7 @@ def _source(grammar: Grammar) -> str:
             "whitespace_pattern": rf"[ \n\r\t]{{1,{MAX_SPACES}}}",
             "item_separator": ",",
             "key_separator": ":",
-            "coerce_one_of": True,
+            "coerce_one_of": grammar.is_lenient,
             "lenient": grammar.is_lenient,
         },
     )

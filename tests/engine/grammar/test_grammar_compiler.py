@@ -46,6 +46,8 @@ def schema(value: object, is_lenient: bool = False) -> Grammar:
         (schema({}), ["{}", "1", '"a"', "null", "[true]"], ["", "nul", "01"]),
         (schema({"enum": ["a", 2]}), ['"a"', "2"], ["a", "3"]),
         (schema({"type": "integer", "minimum": 3, "maximum": 12}), ["3", "12"], ["2", "13", "3.5"]),
+        (schema({"oneOf": [{"type": "string"}, {"const": 1}]}), ['"a"', "1"], ["2"]),
+        (schema({"oneOf": [{"type": "string"}, {"minLength": 2}]}, is_lenient=True), ['"ab"'], []),
     ],
 )
 def test_answers_that_are_allowed(
@@ -78,6 +80,7 @@ def test_runs_of_white_space_are_bounded(compiler: GrammarCompiler) -> None:
         (schema({"$ref": "#/nowhere"}), "grammar: "),
         (schema({"$ref": "http://example.com/schema"}), "grammar: "),
         (schema({"type": "elephant"}), "elephant"),
+        (schema({"oneOf": [{"type": "string"}, {"minLength": 2}]}), "alternatives that may overlap; anyOf"),
         (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (Grammar(kind="json_schema", text='{"items":' * 5000 + "{}" + "}" * 5000), "grammar: "),
         (Grammar(kind="regex", text="a" * (MAX_GRAMMAR_BYTES + 1)), "longer than"),

@@ -12,9 +12,9 @@ import jsonschema
 import msgspec
 import pytest
 from glm_model import glm_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
-from random_answer import ids, random_answer
+from random_answer import EndlessError, ids, random_answer
 
 from nybble.engine.errors import InvalidRequestError
 from nybble.engine.grammar.grammar import Grammar, Thought
@@ -60,7 +60,7 @@ class Caller:
         end = self.id("<|user|>")
         state = self.compiler.start(grammar, (end,))
         tags = ("</arg_key>", "</arg_value>", "</tool_call>", "<tool_call>", "</think>")
-        closing = [*map(self.id, tags), *b'"]}5/b']
+        closing = [*map(self.id, tags), *b'"]}5/b@']
         token_ids = random_answer(
             state, random.Random(seed), end, num_tokens, closing, {self.id(tag): 9 for tag in tags}
         )
@@ -210,7 +210,10 @@ def test_calls_by_generated_schemas_are_valid(
 def test_calls_by_many_generated_schemas_are_valid(
     caller: Caller, parameters: list[dict[str, Any]], seed: int, data: st.DataObject
 ) -> None:
-    check_calls(caller, parameters, seed, data)
+    try:
+        check_calls(caller, parameters, seed, data)
+    except EndlessError:
+        reject()
 
 
 def accepts(caller: Caller, grammar: Grammar, text: str) -> bool:
