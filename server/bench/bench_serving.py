@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import math
 import secrets
 import sys
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from nybble.server.bench.bench_prompts import Prompts, fit_prompts
 from nybble.server.bench.bench_serving_report import print_comparison, print_results
 from nybble.server.bench.load import Asked, Load, Work, run_load
 from nybble.server.bench.serving_metrics import SLO, ServingMetrics, summarize
-from nybble.server.bench.timed_request import Target, Timing, send_timed
+from nybble.server.bench.timed_request import Target, described
 
 SCHEMA = "nybble-bench-serving/1"
 RESULTS = "results.json"
@@ -28,7 +27,9 @@ METHOD = (
     "Streamed chat completions over HTTP/1.1, each on a connection of its own, opened before its clock "
     "starts. TTFT: request sent to first chunk with output. TPOT: (last chunk - first chunk) / (output "
     "tokens - 1). ITL: between chunks with output. E2E: to the end of the response. Tokens are the "
-    "server's usage, not chunks. A request that fails counts in no other figure."
+    "server's usage, not chunks; of a server whose streams have no usage, prompts are not counted, and an "
+    "answer that ends for its length has the tokens that were asked for. A request that fails counts in no "
+    "other figure."
 )
 
 
@@ -116,30 +117,43 @@ def _measure(work: Work, options: BenchServingOptions) -> ServingMetrics:
 
 def _fit(target: Target, model: str, options: BenchServingOptions) -> Prompts:
     """Raises OptionError as `fit_prompts`, BenchServingError if the server does not answer."""
+    asked = Asked(model, 1, options.ignores_end)
 
     def count(prompt: str) -> int:
-        timing = Timing(time.monotonic())
-        body = Asked(model, 1, options.ignores_end).body(prompt)
-        asyncio.run(asyncio.wait_for(send_timed(target, body, timing), options.max_seconds))
-        if not timing.num_prompt_tokens:  # one token of output may show no text
-            raise BenchServingError(f"{options.url}: {timing.error or 'no prompt_tokens in the usage'}")
-        return timing.num_prompt_tokens
+        # Not streamed: not every server tells the usage in streams.
+        usage = _ask(target, "/chat/completions", asked.body(prompt, is_stream=False), options.max_seconds)
+        return int(usage["usage"]["prompt_tokens"])
 
     nonce = secrets.token_hex(8)
     try:
         return fit_prompts(options.num_prompt_tokens, options.num_shared_tokens, options.seed, nonce, count)
-    except TimeoutError:
-        raise BenchServingError(f"{options.url}: no answer within {options.max_seconds:g} s") from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise BenchServingError(f"{options.url}: no prompt_tokens in the usage of an answer") from error
 
 
 def _first_model(target: Target) -> str:
     """The first one that the server lists. Raises BenchServingError."""
-    request = urllib.request.Request(target.url("/models"), headers=target.authorization())
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return str(json.load(response)["data"][0]["id"])
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        return str(_ask(target, "/models")["data"][0]["id"])
+    except (LookupError, TypeError) as error:
         raise BenchServingError(f"{target.url('/models')}: no list of models: {error}") from error
+
+
+def _ask(target: Target, path: str, body: bytes | None = None, seconds: float = 30.0) -> Any:
+    """The JSON of an answer; `body` is posted. Raises BenchServingError."""
+    headers = {"Content-Type": "application/json", **target.authorization()}
+    request = urllib.request.Request(target.url(path), body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = described(error.read(1 << 16))
+        raise BenchServingError(f"{target.url(path)}: HTTP {error.code}: {said}") from error
+    except TimeoutError as error:
+        raise BenchServingError(f"{target.url(path)}: no answer within {seconds:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise BenchServingError(f"{target.url(path)}: {error}") from error
 
 
 def _write(

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import uvloop
@@ -47,15 +48,15 @@ class Asked:
     num_output_tokens: int
     ignores_end: bool
 
-    def body(self, prompt: str) -> bytes:
-        fields = {
+    def body(self, prompt: str, is_stream: bool = True) -> bytes:
+        fields: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": self.num_output_tokens,
             "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
         }
+        if is_stream:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.ignores_end:
             fields["ignore_eos"] = True
         return msgspec.json.encode(fields)
@@ -144,7 +145,7 @@ class _Sender:
                 group.create_task(one_after_the_other())
 
     async def _send(self, number: int, scheduled: float) -> None:
-        timing = Timing(scheduled)
+        timing = Timing(scheduled, num_asked_tokens=self._work.asked.num_output_tokens)
         self._timings.append(timing)
         body = self._work.asked.body(self._work.prompts.text(number))
         await send_timed(self._work.target, body, timing)

@@ -79,7 +79,8 @@ class Timing:
 
     scheduled: when it should have been sent; sent: when it was, its connection being open by then.
     first_byte: of the response; output_times: of each chunk that carried output, in order; end: of its last
-    byte. Numbers of tokens are the server's (`usage`). error: why this is not a finished answer.
+    byte. Numbers of tokens are the server's (`usage`); where its streams have none, an answer that ends for
+    its length has num_asked_tokens. error: why this is not a finished answer.
     """
 
     scheduled: float
@@ -91,6 +92,7 @@ class Timing:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     error: str | None = None
+    num_asked_tokens: int = 0
 
 
 class _Delta(Struct):
@@ -103,6 +105,7 @@ class _Delta(Struct):
 
 class _Choice(Struct):
     delta: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
 
 
 class _PromptTokensDetails(Struct):
@@ -195,6 +198,8 @@ class _Exchange(asyncio.Protocol):
             chunk = _chunks.decode(data)
             if any(_has_output(choice.delta) for choice in chunk.choices):
                 self.timing.output_times.append(now)
+            if not self._has_usage and any(choice.finish_reason == "length" for choice in chunk.choices):
+                self.timing.num_output_tokens = self.timing.num_asked_tokens
             if chunk.usage is not None:
                 self._count(chunk.usage)
             if chunk.error is not None:
@@ -210,13 +215,13 @@ class _Exchange(asyncio.Protocol):
     def _fault(self) -> str | None:
         """What is wrong with a response that has come to its end."""
         if self._response.status != 200:
-            return f"HTTP {self._response.status}: {_described(self._error_body)}"
+            return f"HTTP {self._response.status}: {described(self._error_body)}"
         if self._error is not None:
             return self._error
         if not self._is_done:
             return "the stream ended without [DONE]"
-        if not self._has_usage:
-            return "no usage in the stream, so that its tokens cannot be counted"
+        if not self._has_usage and not self.timing.num_output_tokens:
+            return "no usage in the stream of an answer that ended early: its tokens cannot be counted"
         return None if self.timing.output_times else "the answer is empty"
 
     def _end(self, error: str | None) -> None:
@@ -232,7 +237,8 @@ def _has_output(delta: _Delta) -> bool:
     )
 
 
-def _described(body: bytes) -> str:
+def described(body: bytes) -> str:
+    """What an answer that is an error says, shortened."""
     try:
         return _message(msgspec.json.decode(body))
     except msgspec.DecodeError:

@@ -26,9 +26,13 @@ def _answer(num_prompt: int, num_output: int = 5) -> bytes:
     return response(events(*text_chunks("a", "b", usage=usage)))
 
 
+def _whole(num_prompt: int) -> bytes:
+    return response(json.dumps({"choices": [], "usage": {"prompt_tokens": num_prompt}}).encode())
+
+
 def _script(server: CannedServer, *rest: bytes) -> None:
     """Two probes that say that a word is a token, a warm-up, then `rest`."""
-    server.answers = [_answer(20), _answer(20 + 256), _answer(40), *rest]
+    server.answers = [_whole(20), _whole(20 + 256), _answer(40), *rest]
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +96,47 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     with refusing_url() as url:
         assert _run("--url", url) == 1
-        assert f"nybble: {url}/v1/models: no list of models: " in capsys.readouterr().err
+        assert f"nybble: {url}/v1/models: <urlopen error" in capsys.readouterr().err
         assert _run("--url", url, "--model", "tiny") == 1
-        assert f"nybble: {url}: cannot connect: " in capsys.readouterr().err
+        assert f"nybble: {url}/v1/chat/completions: <urlopen error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (response(b'{"usage": {}}'), "no prompt_tokens in the usage of an answer"),
+        (response(b"[]"), "no prompt_tokens in the usage of an answer"),
+        (response(b"nonsense"), "/v1/chat/completions: Expecting value"),
+        (response(b'{"error": {"message": "unknown field"}}', 400), "HTTP 400: unknown field"),
+    ],
+)
+def test_a_server_that_does_not_count_prompts(
+    answer: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with canned_server() as server:
+        server.answers = [answer]
+        assert _run("--url", server.url, *SMALL) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_whose_streams_have_no_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """As llama-cpp-python's: what ends for its length is counted, what ends early cannot be."""
+
+    def answer(finish_reason: str) -> bytes:
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]}
+        return response(events(*text_chunks("a", "b"), end))
+
+    with canned_server() as server:
+        server.answers = [
+            _whole(20),
+            _whole(276),
+            answer("length"),
+            *map(answer, ("length", "stop", "length")),
+        ]
+        assert _run("--url", server.url, *SMALL, "--concurrency", "1") == 0
+    printed = capsys.readouterr().out
+    assert " 5 │" in printed
+    assert "1 at once: 1 failed: no usage in the stream of an answer that ended early" in printed
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
