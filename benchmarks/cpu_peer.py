@@ -67,15 +67,12 @@ def main() -> None:
 
 
 def measures(demo: DemoEngine, peer: LlamaCpp, threads: int) -> dict[str, Measure]:
-    def decode(num_chats: int, num_steps: int) -> float:
-        return num_chats * num_steps / sum(demo.decode_step_seconds(num_chats, num_steps, length=1))
-
     return {
-        "decode": lambda: decode(1, NUM_DECODED),
+        "decode": lambda: demo.decode(1, NUM_DECODED, length=1).rate,
         "decode_peer": lambda: peer.rate(0, NUM_DECODED, threads),
         "prefill": lambda: NUM_PROMPT / demo.prefill_seconds(NUM_PROMPT),
         "prefill_peer": lambda: peer.rate(NUM_PROMPT, 0, threads),
-        "decode_8": lambda: decode(8, NUM_DECODED // 4),
+        "decode_8": lambda: demo.decode(8, NUM_DECODED // 4, length=1).rate,
         "first_token": lambda: demo.first_token_seconds() * 1000,
     }
 
@@ -84,7 +81,9 @@ def take_turns(measures: dict[str, Measure], repeat: int) -> dict[str, list[floa
     runs: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(repeat + 1):
         for name, measure in measures.items():
-            time.sleep(0.2)  # what ran before has its threads asleep
+            time.sleep(
+                1
+            )  # what ran before has its threads asleep, and whoever waits for the cores gets a turn
             value = measure()
             if turn:  # the first warms up
                 runs[name].append(round(value, 3))

@@ -20,10 +20,11 @@ os.environ.update(TUNING | os.environ)  # before torch is imported
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from demo_engine import DemoEngine
+from demo_engine import Decoding, DemoEngine
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,6 +35,7 @@ CONTEXTS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8000)
 CHATS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CHAT_CONTEXT = 128
 NUM_STEPS = 16
+SHORTEST_PROMPT = 64  # in the plot: a shorter one costs what a step of decoding does
 Point = dict[str, float]
 
 
@@ -59,23 +61,40 @@ def main() -> None:
 
 
 def measure(demo: DemoEngine, repeat: int) -> dict[str, list[Point]]:
-    def step(num_chats: int, length: int) -> float:
-        return 1000 * statistics.median(demo.decode_step_seconds(num_chats, NUM_STEPS, length))
-
-    step(1, CHAT_CONTEXT)  # warms up
+    """The repeats go over all sizes in turn, so that a slow minute does not bend a curve."""
+    demo.decode(1, NUM_STEPS, CHAT_CONTEXT)  # warms up
+    contexts, chats = [], []
+    for _ in range(repeat):
+        contexts.append([run(demo, 1, length) for length in CONTEXTS])
+        chats.append([run(demo, num_chats, CHAT_CONTEXT) for num_chats in CHATS])
     return {
-        "decode_by_context": curve(CONTEXTS, lambda n: step(1, n), repeat),
-        "prefill_by_length": curve(CONTEXTS, lambda n: 1000 * demo.prefill_seconds(n) / n, repeat),
-        "step_by_chats": curve(CHATS, lambda n: step(n, CHAT_CONTEXT), repeat),
+        "decode_by_context": curve(CONTEXTS, contexts, step_milliseconds),
+        "prefill_by_length": curve(CONTEXTS, contexts, prompt_milliseconds),
+        "step_by_chats": curve(CHATS, chats, step_milliseconds),
     }
 
 
-def curve(sizes: Sequence[int], cost: Callable[[int], float], repeat: int) -> list[Point]:
-    """The repeats go over all sizes in turn, so that a slow minute does not bend the curve."""
-    runs = [[cost(size) for size in sizes] for _ in range(repeat)]
+def run(demo: DemoEngine, num_chats: int, length: int) -> Decoding:
+    time.sleep(1)  # whoever waits for the cores gets a turn
+    return demo.decode(num_chats, NUM_STEPS, length)
+
+
+def step_milliseconds(decoding: Decoding) -> float:
+    return 1000 * statistics.median(decoding.step_seconds)
+
+
+def prompt_milliseconds(decoding: Decoding) -> float:
+    """A token of the prompt."""
+    return 1000 * decoding.prompt_seconds / decoding.length
+
+
+def curve(
+    sizes: Sequence[int], repeats: list[list[Decoding]], cost: Callable[[Decoding], float]
+) -> list[Point]:
+    values = [[cost(decoding) for decoding in of_size] for of_size in zip(*repeats, strict=True)]
     return [
-        {"size": size, "median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-        for size, values in zip(sizes, zip(*runs, strict=True), strict=True)
+        {"size": size, "median": statistics.median(costs), "lowest": min(costs), "highest": max(costs)}
+        for size, costs in zip(sizes, values, strict=True)
     ]
 
 
@@ -83,9 +102,8 @@ def draw(curves: dict[str, list[Point]]) -> Figure:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     context, prefill, chats = figure.subplots(1, 3)
     _draw(context, curves["decode_by_context"], "one chat, decoding", "tokens of context", "ms a token")
-    _draw(prefill, curves["prefill_by_length"], "one chat, prefill", "tokens of the prompt", "ms a token")
-    prefill.set_xscale("log", base=2)
-    prefill.set_yscale("log", base=2)
+    prompts = [point for point in curves["prefill_by_length"] if point["size"] >= SHORTEST_PROMPT]
+    _draw(prefill, prompts, "one chat, prefill", "tokens of the prompt", "ms a token")
     together = curves["step_by_chats"]
     _draw(chats, together, f"chats with {CHAT_CONTEXT} tokens, decoding", "chats", "ms", "a step")
     _draw(chats, [_per_token(point) for point in together], chats.get_title(), "chats", "ms", "a token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nybble.engine.engine import Engine
@@ -15,6 +15,22 @@ from nybble.engine.messages import Request, SamplingParams, TokenEvent
 from nybble.engine.tokenizer import Tokenizer
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """length: of each prompt; prompt_seconds: until every chat had its first token; step_seconds: of the
+    steps that then gave each one more."""
+
+    num_chats: int
+    length: int
+    prompt_seconds: float
+    step_seconds: list[float]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, of all chats together."""
+        return self.num_chats * len(self.step_seconds) / sum(self.step_seconds)
 
 
 class DemoEngine:
@@ -47,20 +63,22 @@ class DemoEngine:
             self.engine.step()
         return time.perf_counter() - start
 
-    def decode_step_seconds(self, num_chats: int, num_steps: int, length: int = 16) -> list[float]:
-        """Of num_steps steps that give one token to each of num_chats, after prompts of `length` tokens."""
+    def decode(self, num_chats: int, num_steps: int, length: int = 16) -> Decoding:
+        """Prompts of `length` random tokens, then num_steps steps that give each chat a token."""
         chats = [str(number) for number in range(num_chats)]
         for chat in chats:
             self.engine.add(_request(chat, _random_prompt(length), self._room(length)))
+        start = time.perf_counter()
         waiting = set(chats)
         while waiting:
             waiting -= {event.request_id for event in self.engine.step()}
-        seconds = [self._step_seconds(num_chats) for _ in range(num_steps)]
+        prompt_seconds = time.perf_counter() - start
+        step_seconds = [self._step_seconds(num_chats) for _ in range(num_steps)]
         for chat in chats:
             self.engine.abort(chat)
         while self.engine.has_work:
             self.engine.step()
-        return seconds
+        return Decoding(num_chats, length, prompt_seconds, step_seconds)
 
     def _room(self, length: int) -> int:
         assert self.config.max_model_len is not None

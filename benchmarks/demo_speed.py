@@ -49,12 +49,8 @@ def main() -> None:
         rate = _summary(lambda n=length: n / demo.prefill_seconds(n), options.repeat)
         print(f"| prefill, {length} tokens | {rate} |")
     for batch in BATCHES:
-        rate = _summary(lambda n=batch: _decode_rate(demo, n), options.repeat)
+        rate = _summary(lambda n=batch: demo.decode(n, NUM_DECODED).rate, options.repeat)
         print(f"| decode, {batch} at once | {rate} |")
-
-
-def _decode_rate(demo: DemoEngine, num_chats: int) -> float:
-    return num_chats * NUM_DECODED / sum(demo.decode_step_seconds(num_chats, NUM_DECODED))
 
 
 def _summary(measure: Callable[[], float], repeat: int) -> str:

@@ -48,6 +48,7 @@ class LlamaCpp:
         counts = ["-p", str(num_prompt), "-n", str(num_generated), "-r", "1", "-t", str(num_threads)]
         command = [str(self.program), "-m", str(self.model), *counts, "-o", "json"]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
+        report: dict[str, Any]
         (report,) = json.loads(result.stdout)
         return report
 
