@@ -153,7 +153,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--ask", metavar="TEXT", help="ask this, print the answer, and stop")
     _add_wheel(parser)
     # Of the demo's own client, which has no key and trusts no certificate that you made.
-    unused = {"api_key_file", "usage_ledger", "ssl_certfile", "ssl_keyfile"}
+    unused = {"api_key_file", "usage_ledger", "max_failed_attempts", "ssl_certfile", "ssl_keyfile"}
     add_options(parser, ServeConfig, skip=frozenset({"checkpoint", "served_model_name"} | unused))
     parser.set_defaults(run=_demo)
 
