@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +36,11 @@ class GrammarTokens:
         self.num_token_ids = max(self._vocabulary.values()) + 1
         self.num_words = -(-self.num_token_ids // 32)
         tokenizer.add_special_tokens([_END])
-        described = json.loads(tokenizer.to_str())
-        for token in described["added_tokens"]:
-            token["special"] = True
-        self._tags: dict[int, str] = {token["id"]: token["content"] for token in described["added_tokens"]}
-        self.matching = LLTokenizer(json.dumps(described), eos_token=tokenizer.token_to_id(_END))
+        added = tokenizer.get_added_tokens_decoder()
+        self._tags: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        # Only added tokens have the key: that of a token of this name has a number.
+        described = tokenizer.to_str().replace('"special":false', '"special":true')
+        self.matching = LLTokenizer(described, eos_token=tokenizer.token_to_id(_END))
         self._spellings: dict[tuple[int, ...], Spelling] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
