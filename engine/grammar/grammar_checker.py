@@ -11,6 +11,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
 from contextlib import suppress
+from hashlib import sha256
 
 import msgspec
 
@@ -28,12 +29,13 @@ class GrammarChecker:
         self._compilers = [_Compiler(checkpoint, timeout) for _ in range(_NUM_PROCESSES)]
         self._free = [*self._compilers]
         self._some_free = asyncio.Semaphore(_NUM_PROCESSES)
-        self._right: OrderedDict[Grammar, None] = OrderedDict()
+        self._right: OrderedDict[bytes, None] = OrderedDict()  # by digest: a grammar may be long
 
     async def check(self, grammar: Grammar) -> None:
         """Raises InvalidRequestError: it is malformed, or takes too long or too much memory."""
-        if grammar in self._right:
-            self._right.move_to_end(grammar)
+        digest = sha256(msgspec.msgpack.encode(grammar)).digest()
+        if digest in self._right:
+            self._right.move_to_end(digest)
             return
         async with self._some_free:
             compiler = self._free.pop()
@@ -43,7 +45,7 @@ class GrammarChecker:
                 self._free.append(compiler)  # taken first next time: the other starts when both are needed
         if fault is not None:
             raise fault.error()
-        self._right[grammar] = None
+        self._right[digest] = None
         if len(self._right) > _NUM_KEPT:
             self._right.popitem(last=False)
 

@@ -482,3 +482,57 @@ def test_which_arguments_there_may_be(
     for each in right:
         _, [(_, arguments)] = caller.calls(tools, call("get", **each))
         check(arguments, parameters or closed({}))
+
+
+_KEYWORDS = (
+    *(
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "$ref",
+        "$defs",
+        "enum",
+        "const",
+        "not",
+        "if",
+    ),
+    *(
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "items",
+        "pattern",
+        "format",
+        "minLength",
+        "maxLength",
+        "minimum",
+        "nullable",
+    ),
+)
+_junk = st.recursive(
+    st.one_of(
+        *(st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=False, allow_infinity=False)),
+        st.sampled_from(["", "a", "string", "object", "#", "#/$defs/a", "^a", "(", "date", "</arg_value>"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*_KEYWORDS, "a"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(parameters=st.dictionaries(st.sampled_from(_KEYWORDS), _junk, max_size=4), is_strict=st.booleans())
+def test_parameters_that_make_no_sense_are_refused_or_followed(
+    caller: Caller, parameters: dict[str, Any], is_strict: bool
+) -> None:
+    tools = caller.offered([tool("get", parameters, strict=is_strict)], tool_choice="required")
+    try:
+        grammar = call_grammar(tools, caller.model.tokenizer, None, None)
+    except BadRequestError as error:
+        assert error.param and error.param.startswith("tools[0].function.parameters")
+        return
+    assert grammar is not None
+    fault = caller.compiler.fault(grammar)
+    assert fault is None or fault.parameter.startswith(("tools[0].function.parameters", "tool"))
