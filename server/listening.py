@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
 import socket
 import ssl
 
@@ -27,7 +28,13 @@ def url_of(sock: socket.socket, is_tls: bool = False) -> str:
 
 
 def listen(sock: socket.socket) -> None:
-    """Raises BindError: another server began to listen on the port while we loaded."""
+    """With as many connections as the system lets this process have: a soft limit of 1,024 files is usual.
+
+    Raises:
+        BindError: another server began to listen on the port while we loaded.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         sock.listen()
     except OSError as error:
