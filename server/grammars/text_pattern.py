@@ -19,7 +19,7 @@ def of_whole_text(pattern: str) -> str:
     """A pattern may match anywhere in a text, unless ^ and $ say otherwise.
 
     Raises:
-        InexpressibleError: it looks around, has ^ or $ within a group, or is too long.
+        InexpressibleError: it looks around or back, has ^ or $ within a group, or is too long.
     """
     if len(pattern) > _MAX_LENGTH:
         raise InexpressibleError(f"pattern: longer than {_MAX_LENGTH} characters")
@@ -31,7 +31,7 @@ def _branches(pattern: str) -> list[list[str]]:
     branches: list[list[str]] = [[]]
     depth = 0
     for piece in _PIECE.findall(pattern):
-        if piece.startswith(("(?=", "(?!", "(?<=", "(?<!")):
+        if piece.startswith(("(?=", "(?!", "(?<=", "(?<!")) or re.fullmatch(r"\\[bB1-9]", piece):
             raise InexpressibleError(f"pattern: {piece} cannot be expressed")
         depth += piece.startswith("(") - (piece == ")")
         if depth and piece in ("^", "$"):

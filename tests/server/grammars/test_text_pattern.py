@@ -44,7 +44,9 @@ def test_whole_texts_are_those_that_are_found(pattern: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("pattern", ["(?=a)b", "a(?!b)", "(?<=a)b", "(^a|b)", "(a$)", "a^b", "a$b"])
+@pytest.mark.parametrize(
+    "pattern", ["(?=a)b", "a(?!b)", "(?<=a)b", r"\bx", r"(a)\1", "(^a|b)", "(a$)", "a^b", "a$b"]
+)
 def test_what_cannot_be_expressed(pattern: str) -> None:
     with pytest.raises(InexpressibleError, match="cannot be expressed"):
         of_whole_text(pattern)
