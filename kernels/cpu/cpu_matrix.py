@@ -8,6 +8,7 @@ for each 32 columns, or as bfloat16.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nybble.kernels.cpu.native_library import native_library
 from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.cpu.weight_memory import WeightMemory
 from nybble.kernels.quantized_tensor import MXFP4, QuantizedTensor, unpack_codes
 
 TILE_ROWS, BLOCK_COLUMNS = 16, 32
@@ -128,11 +130,14 @@ class CpuMatrix:
 
 
 def prepare(
-    weight: Tensor | QuantizedTensor, float_form: FloatForm = "int8", pool: Pool | None = None
+    weight: Tensor | QuantizedTensor,
+    float_form: FloatForm = "int8",
+    pool: Pool | None = None,
+    memory: WeightMemory | None = None,
 ) -> CpuMatrix:
     """A matrix [N, K] or a stack [E, N, K]. FP4 stays FP4; float_form says what all else becomes.
 
-    pool: whose threads share the work; by default the caller's does it.
+    pool: whose threads share the work; by default the caller's does it. memory: by default memory of its own.
 
     Raises:
         ValueError: it has another number of dimensions, or none of something, or is not on the CPU.
@@ -146,16 +151,16 @@ def prepare(
     if device.type != "cpu":
         raise ValueError(f"a weight is on {device}; the native CPU backend takes weights on the CPU")
     if isinstance(weight, QuantizedTensor) and weight.format.bits == 4:
-        return _prepare_fp4(weight, pool)
-    floats = weight.dequantize(torch.bfloat16) if isinstance(weight, QuantizedTensor) else weight
-    return (
-        _prepare_int8(floats, pool) if float_form == "int8" else _pack(Kind.BFLOAT16, floats.bfloat16(), pool)
-    )
+        return _prepare_fp4(weight, pool, memory)
+    floats = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    if float_form == "int8":
+        return _prepare_int8(floats, pool, memory)
+    return _pack(_empty(Kind.BFLOAT16, shape, memory), floats.bfloat16(), None, pool)
 
 
 def prepare_float32(weight: Tensor) -> CpuMatrix:
     """A float matrix [N, K] as float32, for products that must not be rounded: a router's."""
-    return _pack(Kind.FLOAT32, weight.float(), None)
+    return _pack(_empty(Kind.FLOAT32, tuple(weight.shape), None), weight.float(), None, None)
 
 
 def dequantize(matrix: CpuMatrix) -> Tensor:
@@ -164,7 +169,7 @@ def dequantize(matrix: CpuMatrix) -> Tensor:
     return weights[:, : matrix.num_rows, : matrix.num_columns].reshape(matrix.shape).contiguous()
 
 
-def _empty(kind: Kind, shape: tuple[int, ...]) -> CpuMatrix:
+def _empty(kind: Kind, shape: tuple[int, ...], memory: WeightMemory | None) -> CpuMatrix:
     *stack, rows, columns = shape
     tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK_COLUMNS)
     num_matrices = stack[0] if stack else 1
@@ -172,16 +177,22 @@ def _empty(kind: Kind, shape: tuple[int, ...]) -> CpuMatrix:
     return CpuMatrix(
         kind,
         shape,
-        codes=torch.empty((num_matrices, tiles, blocks, _CODE_BYTES[kind]), dtype=torch.uint8),
-        scales=torch.empty((num_matrices, tiles, blocks, _SCALE_BYTES[kind]), dtype=torch.uint8),
+        codes=_area((num_matrices, tiles, blocks, _CODE_BYTES[kind]), memory),
+        scales=_area((num_matrices, tiles, blocks, _SCALE_BYTES[kind]), memory),
         row_scales=torch.empty((num_matrices, tiles * TILE_ROWS if has_scales else 0)),
     )
 
 
-def _prepare_fp4(weight: QuantizedTensor, pool: Pool | None) -> CpuMatrix:
+def _area(shape: tuple[int, ...], memory: WeightMemory | None) -> Tensor:
+    if memory is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return memory.area(math.prod(shape)).view(shape)
+
+
+def _prepare_fp4(weight: QuantizedTensor, pool: Pool | None, memory: WeightMemory | None) -> CpuMatrix:
     kind = Kind.FP4_BY_32 if weight.format is MXFP4 else Kind.FP4_BY_16
     codes, scales, is_nan = _positive(weight)
-    matrix = _pack(kind, codes, pool, scales, tuple(weight.shape))
+    matrix = _pack(_empty(kind, tuple(weight.shape), memory), codes, scales, pool)
     row_scales = (weight.row_factors() * _ROW_FACTORS[kind]).masked_fill(is_nan, torch.nan)
     padding = matrix.row_scales.shape[1] - matrix.num_rows
     matrix.row_scales.copy_(F.pad(row_scales.view(matrix.num_matrices, -1), (0, padding)))
@@ -202,15 +213,8 @@ def _positive(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight.codes ^ flips, scales & 0x7F, is_nan
 
 
-def _pack(
-    kind: Kind,
-    codes: Tensor,
-    pool: Pool | None,
-    scales: Tensor | None = None,
-    shape: tuple[int, ...] | None = None,
-) -> CpuMatrix:
+def _pack(matrix: CpuMatrix, codes: Tensor, scales: Tensor | None, pool: Pool | None) -> CpuMatrix:
     """codes [..., N, bytes or numbers] as they are, in another place; without row scales."""
-    matrix = _empty(kind, shape or tuple(codes.shape))
     codes = codes.contiguous()
     scales = None if scales is None else scales.contiguous()
     arguments = _Pack(
@@ -226,8 +230,8 @@ def _pack(
     return matrix
 
 
-def _prepare_int8(weight: Tensor, pool: Pool | None) -> CpuMatrix:
-    matrix = _empty(Kind.INT8, tuple(weight.shape))
+def _prepare_int8(weight: Tensor, pool: Pool | None, memory: WeightMemory | None) -> CpuMatrix:
+    matrix = _empty(Kind.INT8, tuple(weight.shape), memory)
     is_bfloat16 = weight.dtype == torch.bfloat16
     source = (weight if is_bfloat16 else weight.float()).contiguous()
     arguments = _PackInt8(

@@ -24,6 +24,7 @@ from nybble.kernels.cpu.linear import linear
 from nybble.kernels.cpu.paged_attention import paged_attention
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.sampling import is_unfiltered, sample_unfiltered
+from nybble.kernels.cpu.weight_memory import WeightMemory
 from nybble.kernels.logit_adjustments import LogitAdjustments
 from nybble.kernels.ops import (
     AttentionBatch,
@@ -48,12 +49,13 @@ class CpuOps:
     def __init__(self, pool: Pool, float_form: FloatForm = "int8", arithmetic: Arithmetic = PLAIN) -> None:
         """float_form: of matrices that come as floats; arithmetic: of what the reference does."""
         self._pool = pool
+        self._memory = WeightMemory()
         self._float_form: FloatForm = float_form
         self._feed_forward = FeedForward(pool)
         self._reference = ReferenceOps(torch.float32, arithmetic)
 
     def prepare_weight(self, weight: Tensor | QuantizedTensor) -> CpuMatrix:
-        return prepare(weight, self._float_form)
+        return prepare(weight, self._float_form, self._pool, self._memory)
 
     def prepare_router(self, router: RouterWeights) -> RouterWeights:
         return prepare_router(router)

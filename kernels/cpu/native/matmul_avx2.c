@@ -72,6 +72,8 @@ ALWAYS_INLINE void fp4_by_16_half(ARGUMENTS, const int half)
     for (int64_t block = 0; block < tile->num_blocks; block++)
         for (int part = 0; part < 2; part++) {
             __m256i weights[4];
+            if (half == 0)
+                fetch_ahead(tile->codes + block * 256 + part * 128, 128);
             decode(tile->codes + block * 256, part, half, weights);
             const __m256 scales = from_e4m3(tile->scales + block * 32 + part * 16 + half * ROWS);
 #pragma GCC unroll 4
@@ -92,6 +94,8 @@ ALWAYS_INLINE void fp4_by_32_half(ARGUMENTS, const int half)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m256i weights[8];
+        if (half == 0)
+            fetch_ahead(tile->codes + block * 256, 256);
         decode(tile->codes + block * 256, 0, half, weights);
         decode(tile->codes + block * 256, 1, half, weights + 4);
         const __m256 scales = from_e8m0(tile->scales + block * 16 + half * ROWS);
@@ -115,6 +119,8 @@ ALWAYS_INLINE void int8_half(ARGUMENTS, const int half)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m256i totals[MAX_TOKENS];
+        if (half == 0)
+            fetch_ahead(tile->codes + block * 512, 512);
         for (int token = 0; token < num_tokens; token++)
             totals[token] = _mm256_setzero_si256();
         for (int i = 0; i < 8; i++) {

@@ -65,6 +65,7 @@ ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
+        fetch_ahead(tile->codes + block * 256, 256);
         decode(tile->codes + block * 256, 0, weights);
         decode(tile->codes + block * 256, 1, weights + 4);
         const __m512 first = from_e4m3(tile->scales + block * 32), second = from_e4m3(tile->scales + block * 32 + 16);
@@ -86,6 +87,7 @@ ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
+        fetch_ahead(tile->codes + block * 256, 256);
         decode(tile->codes + block * 256, 0, weights);
         decode(tile->codes + block * 256, 1, weights + 4);
         const __m512 scales = from_e8m0(tile->scales + block * 16);
@@ -109,6 +111,7 @@ ALWAYS_INLINE void int8(ARGUMENTS)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
+        fetch_ahead(tile->codes + block * 512, 512);
         for (int i = 0; i < 8; i++)
             weights[i] = line(tile->codes + block * 512, i);
         const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile->scales + block * 32)));

@@ -8,6 +8,7 @@ from poison import poisoned as poisoned
 
 from nybble.kernels.cpu.cpu_matrix import Kind, dequantize, prepare, prepare_float32
 from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.cpu.weight_memory import WeightMemory
 from nybble.kernels.quantized_tensor import MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor
 
 SIZES = ((1, 32), (16, 64), (37, 96), (50, 160))
@@ -118,7 +119,7 @@ def test_small_scales_beside_a_large_one() -> None:
 
 def test_threads_of_a_pool_do_the_same(pool: Pool) -> None:
     for weight in (random_stack(NVFP4, 3, 70, 48), random_float(70, 50)):
-        alone, together = prepare(weight), prepare(weight, pool=pool)
+        alone, together = prepare(weight), prepare(weight, pool=pool, memory=WeightMemory())
         assert torch.equal(alone.codes, together.codes)
         assert torch.equal(alone.scales, together.scales)
         assert torch.equal(alone.row_scales, together.row_scales)
