@@ -10,7 +10,7 @@ from nybble.engine.tokenizer import Tokenizer
 from nybble.server.requests.completion_request import PromptToComplete
 from nybble.server.requests.completion_schemas import CompletionChoice, CompletionLogprobs
 from nybble.server.requests.schemas import LogprobEntry
-from nybble.server.text.logprob_entries import logprob_entry
+from nybble.server.text.logprob_entries import IMPOSSIBLE
 from nybble.server.text.text_stream import Delta
 
 
@@ -26,26 +26,44 @@ class ChoiceShaper:
         self._scores = scores
         self._tokenizer = tokenizer
         self._is_first = True
+        self._echoed: CompletionLogprobs | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
+
+    @property
+    def must_prepare(self) -> bool:
+        """Whether `prepare` is to be called before the first `choice`."""
+        return self._is_first and self._prompt.has_scores
+
+    def prepare(self) -> None:
+        """List the log-probabilities of the prompt, which takes long for a long one. Nothing is before its
+        first token, which has none."""
+        names = [self._tokenizer.token_bytes(token_id) for token_id in self._prompt.token_ids]
+        self._echoed = CompletionLogprobs(
+            text_offset=[self._offset(name) for name in names],
+            token_logprobs=[None, *(max(one.logprob, IMPOSSIBLE) for one in self._scores)],
+            tokens=[name.decode("utf-8", "replace") for name in names],
+            top_logprobs=[None],
+        )
+        for token, score in zip(self._echoed.tokens[1:], self._scores, strict=True):
+            self._echoed.top_logprobs.append(self._top_of(token, score))
 
     def choice(self, delta: Delta) -> CompletionChoice:
         echo = self._prompt.echo if self._is_first else ""
         logprobs = None
         if self._prompt.sampling.num_logprobs is not None:
-            parts = [self._echoed()] if self._is_first and self._prompt.has_scores else []
+            parts = [self._echoed] if self._echoed is not None else []
             logprobs = joined_logprobs([*parts, self._logprobs(delta.logprobs)])
-        self._is_first = False
+        self._is_first, self._echoed = False, None
         return CompletionChoice(echo + delta.text, self._index, logprobs, delta.finish_reason)
 
-    def _echoed(self) -> CompletionLogprobs:
-        """Of the prompt. Nothing is before its first token, which has none."""
-        first, *others = self._prompt.token_ids
-        name = self._tokenizer.token_bytes(first)
-        offset = self._offset(name)
-        entries = [logprob_entry(self._tokenizer, *pair) for pair in zip(others, self._scores, strict=True)]
-        head = CompletionLogprobs([offset], [None], [name.decode("utf-8", "replace")], [None])
-        return joined_logprobs([head, self._logprobs(entries)])
+    def _top_of(self, token: str, score: TokenLogprobs) -> dict[str, float]:
+        found = {
+            self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"): max(logprob, IMPOSSIBLE)
+            for token_id, logprob in reversed(score.top)
+        }
+        found.setdefault(token, max(score.logprob, IMPOSSIBLE))
+        return found
 
     def _logprobs(self, entries: Sequence[LogprobEntry]) -> CompletionLogprobs:
         return CompletionLogprobs(

@@ -89,7 +89,10 @@ class TextCompletionRun:
         streams = [self._prompt(place) for place in range(len(self._job.prompts))]
         async with aclosing(run_all(streams)) as merged:
             async for place, (number, delta) in merged:
-                yield shapers[place * num_choices + number].choice(delta)
+                shaper = shapers[place * num_choices + number]
+                if shaper.must_prepare:
+                    await asyncio.to_thread(shaper.prepare)
+                yield shaper.choice(delta)
 
     def _prompt(self, place: int) -> AsyncGenerator[tuple[int, Delta], None]:
         """The pieces of one prompt's answers, each with the number of its choice."""
