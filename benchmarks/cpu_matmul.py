@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def measure(pool: Pool, cases: Iterable[Case], num_calls: int) -> Iterator[Result]:
-    memory = torch.ones(COLD_BYTES // 8, dtype=torch.int64).split(READ_BYTES // 8)
+    memory = WeightMemory().area(COLD_BYTES).view(torch.int64).fill_(1).split(READ_BYTES // 8)
     reads = cycle([part.sum for part in memory])
     clock = time.thread_time if pool.num_threads == 1 else time.perf_counter
     for case in cases:
