@@ -45,9 +45,7 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Backend:
     Raises:
         OptionError: a backend was asked for and there is nothing that it can run on.
     """
-    backend = config.backend
-    if backend == "auto":
-        backend = "triton" if hardware.capability >= _TUNED[0] else "reference"
+    backend = _automatic_backend(config, hardware) if config.backend == "auto" else config.backend
     if backend == "cpu":
         _check_native_cpu(config, hardware)
     if backend == "triton" and hardware.capability < _TUNED[0] and not _is_interpreted():
@@ -56,6 +54,19 @@ def resolve_backend(config: EngineConfig, hardware: Hardware) -> Backend:
             f"backend is 'triton', which needs a GPU of compute capability 8.0 or more: {found}"
         )
     return backend
+
+
+def _automatic_backend(config: EngineConfig, hardware: Hardware) -> Backend:
+    if hardware.capability >= _TUNED[0]:
+        return "triton"
+    if hardware.device != "cpu" or config.dtype == "bfloat16":
+        return "reference"
+    try:
+        native_library()
+    except NativeLibraryError as error:
+        logger.warning("backend is 'reference', which is slower than 'cpu': %s", error)
+        return "reference"
+    return "cpu"
 
 
 def _check_native_cpu(config: EngineConfig, hardware: Hardware) -> None:
@@ -144,7 +155,7 @@ def resolve_kv_cache_dtype(
     """Settle "auto" for a config whose backend and dtype are settled.
 
     Triton kernels read an FP8 cache faster, so there the checkpoint decides. The others, which widen it
-    first, take one when asked.
+    first, take one when asked. Native code keeps bfloat16, half of what it would have to read in float32.
 
     Raises:
         OptionError: an FP8 cache was asked for and the GPU has no conversion from it.
@@ -160,7 +171,7 @@ def resolve_kv_cache_dtype(
         return asked
     if is_fp8_declared and can_read_fp8 and config.backend == "triton":
         return "fp8"
-    return "fp32" if config.dtype == "float32" else "bf16"
+    return "fp32" if config.dtype == "float32" and config.backend != "cpu" else "bf16"
 
 
 def _kernel_arch(hardware: Hardware) -> int:

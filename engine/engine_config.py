@@ -21,7 +21,7 @@ class CacheConfig:
         default="auto",
         metadata={
             "help": "keys and values (auto: fp8 where the checkpoint declares it and Triton runs on a GPU of "
-            "compute capability 9.0 or more, else as activations)"
+            "compute capability 9.0 or more, bf16 on backend cpu, else as activations)"
         },
     )
     block_size: int = field(default=16, metadata={"help": "tokens in a KV-cache block"})
@@ -86,7 +86,7 @@ class EngineConfig:
         default="auto",
         metadata={
             "help": "implementation of the model's operations: plain torch, native code for CPUs, Triton "
-            "(auto: triton on a GPU, else reference)"
+            "(auto: triton on a GPU; without one cpu, where its library was built; else reference)"
         },
     )
     cpu_threads: int | None = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -43,20 +44,30 @@ BACKENDS: list[tuple[Backend, Hardware]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("hardware", "expected"), [(CPU, "reference"), (V100, "reference"), (H100, "triton")]
-)
+@pytest.mark.parametrize(("hardware", "expected"), [(CPU, "cpu"), (V100, "reference"), (H100, "triton")])
 def test_auto(hardware: Hardware, expected: Backend) -> None:
     assert resolve_backend(CONFIG, hardware) == expected
     assert resolve_backend(replace(CONFIG, backend="reference"), hardware) == "reference"
 
 
-def test_the_native_backend_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_in_bfloat16_on_a_host_is_the_reference() -> None:
+    assert resolve_backend(replace(CONFIG, dtype="bfloat16"), CPU) == "reference"
+
+
+def test_without_the_native_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once in the log if the choice was ours, and refused if it was asked for."""
 
     def missing() -> NativeLibrary:
         raise NativeLibraryError("it was not built: run this")
 
     monkeypatch.setattr(backend, "native_library", missing)
+    with caplog.at_level(logging.INFO, "nybble.engine"):
+        assert resolve_backend(CONFIG, CPU) == "reference"
+    assert [record.message for record in caplog.records] == [
+        "backend is 'reference', which is slower than 'cpu': it was not built: run this"
+    ]
     with pytest.raises(OptionError, match="backend is 'cpu': it was not built: run this"):
         resolve_backend(NATIVE, CPU)
 
@@ -114,6 +125,11 @@ def test_a_cache_that_is_asked_for(asked: Literal["fp32", "bf16", "fp8"], is_dec
     for chosen, hardware in BACKENDS:
         config = EngineConfig(checkpoint="", backend=chosen, dtype="bfloat16", cache=cache)
         assert resolve_kv_cache_dtype(config, hardware, is_declared) == asked
+
+
+def test_native_code_keeps_its_cache_in_bfloat16() -> None:
+    config = replace(NATIVE, dtype="float32")
+    assert resolve_kv_cache_dtype(config, CPU, is_fp8_declared=True) == "bf16"
 
 
 def test_an_fp8_cache_that_the_gpu_cannot_read_is_refused() -> None:

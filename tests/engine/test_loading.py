@@ -16,10 +16,12 @@ from running import TINY_CACHE_GIB, random_prompt, request, run, tiny_config, ti
 from scripted_drafter import ScriptedDrafter
 from tiny_glm import make_checkpoint
 
+from nybble.engine.backend import Backend
 from nybble.engine.engine import Engine
 from nybble.engine.engine_config import EngineConfig, ParallelConfig, SpeculationConfig
 from nybble.engine.loading import load_engine, prepare
 from nybble.engine.messages import Request, TokenEvent
+from nybble.engine.planning.inventory import KVDtype
 from nybble.engine.planning.placement import Split
 
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "frequency_penalty": 0.3}
@@ -52,8 +54,16 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def config(checkpoint: Path, memory: float = TINY_CACHE_GIB, **scheduler: int) -> EngineConfig:
-    return replace(tiny_config(checkpoint, memory, **scheduler), deterministic=True)
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    chosen: Backend = request.param
+    return chosen
+
+
+def config(
+    checkpoint: Path, memory: float = TINY_CACHE_GIB, *, backend: Backend = "reference", **scheduler: int
+) -> EngineConfig:
+    return replace(tiny_config(checkpoint, memory, **scheduler), deterministic=True, backend=backend)
 
 
 def requests(count: int = 8) -> list[Request]:
@@ -88,12 +98,12 @@ def one_by_one(config: EngineConfig, asked: Sequence[Request]) -> dict[str, Bits
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Path) -> dict[str, Bits]:
-    return one_by_one(config(checkpoint), requests(32))
+def alone(checkpoint: Path, backend: Backend) -> dict[str, Bits]:
+    return one_by_one(config(checkpoint, backend=backend), requests(32))
 
 
-def test_beside_31_others(checkpoint: Path, alone: dict[str, Bits]) -> None:
-    assert answers(tiny_engine(config(checkpoint)), requests(32)) == alone
+def test_beside_31_others(checkpoint: Path, backend: Backend, alone: dict[str, Bits]) -> None:
+    assert answers(tiny_engine(config(checkpoint, backend=backend)), requests(32)) == alone
 
 
 def test_without_it_bits_differ(checkpoint: Path) -> None:
@@ -103,15 +113,16 @@ def test_without_it_bits_differ(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64])
-def test_in_chunks(checkpoint: Path, alone: dict[str, Bits], budget: int) -> None:
+def test_in_chunks(checkpoint: Path, backend: Backend, alone: dict[str, Bits], budget: int) -> None:
     """A budget of 1 feeds a prompt token by token, as if decoded; the others mix prefill with decode."""
-    chunked = config(checkpoint, max_num_batched_tokens=budget, max_num_seqs=min(budget, 5))
+    chunked = config(checkpoint, backend=backend, max_num_batched_tokens=budget, max_num_seqs=min(budget, 5))
     asked = requests(1 if budget == 1 else 8)
     assert answers(tiny_engine(chunked), asked) == {item.request_id: alone[item.request_id] for item in asked}
 
 
-def test_preempted(checkpoint: Path) -> None:
-    small = replace(config(checkpoint, 0.0002), max_model_len=100)
+def test_preempted(checkpoint: Path, backend: Backend) -> None:
+    memory = {"reference": 0.0002, "cpu": 0.0001}[backend]  # of float32 and of bfloat16
+    small = replace(config(checkpoint, memory, backend=backend), max_model_len=100)
     asked = [request(str(n), random_prompt(17, seed=n), 24, num_logprobs=1) for n in range(8)]
     engine = tiny_engine(small)
     found = answers(engine, asked)
@@ -119,8 +130,8 @@ def test_preempted(checkpoint: Path) -> None:
     assert found == one_by_one(small, asked)
 
 
-def test_cached(checkpoint: Path, alone: dict[str, Bits]) -> None:
-    engine = tiny_engine(config(checkpoint))
+def test_cached(checkpoint: Path, backend: Backend, alone: dict[str, Bits]) -> None:
+    engine = tiny_engine(config(checkpoint, backend=backend))
     for _ in range(2):
         results = run(engine, *requests(8))
         assert {name: bits(events) for name, events in results.items()} == {
@@ -129,10 +140,10 @@ def test_cached(checkpoint: Path, alone: dict[str, Bits]) -> None:
     assert [results[name][0].num_cached_tokens for name in ("0", "1", "7")] == [64, 64, 16]
 
 
-def test_with_drafts(tmp_path: Path) -> None:
+def test_with_drafts(tmp_path: Path, backend: Backend) -> None:
     """Several tokens of a sequence in one step have the bits of one by one, accepted or not."""
     make_checkpoint(tmp_path, seed=14, num_mtp_layers=1)
-    options = config(tmp_path)
+    options = config(tmp_path, backend=backend)
     asked = requests(4)
     plain = one_by_one(options, asked)
     tokens_of = {name: [token for token, _ in found] for name, found in plain.items()}
@@ -141,6 +152,13 @@ def test_with_drafts(tmp_path: Path) -> None:
     assert answers(engine, asked) == plain
     stats = engine.stats().speculation
     assert stats is not None and 0 < sum(stats.num_accepted) < sum(stats.num_drafts)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "fp8"])
+def test_native_code_from_small_caches(checkpoint: Path, kv_cache_dtype: KVDtype) -> None:
+    plain = config(checkpoint, backend="cpu", max_num_batched_tokens=33, max_num_seqs=8)
+    small = replace(plain, cache=replace(plain.cache, kv_cache_dtype=kv_cache_dtype))
+    assert answers(tiny_engine(small), requests(4)) == one_by_one(small, requests(4))
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["bf16", "fp8"])
@@ -190,6 +208,18 @@ def test_on_several_ranks(split: Split, split_runs: dict[Split, Tokens]) -> None
     found = split_runs[split]
     for item in requests(4):
         assert found[item.request_id] == found[f"{item.request_id} again"]
+
+
+def test_native_code_on_two_ranks(ranked: Path, tmp_path: Path) -> None:
+    case = _case(ranked, Split(2))
+    file = tmp_path / "cases.json"
+    file.write_bytes(msgspec.json.encode([Case(replace(case.config, backend="cpu"), case.batches)]))
+    with rank_processes("rank_engine.py", [[str(file)]] * 2, tmp_path, 1) as ranks:
+        output, *_ = [rank.finish() for rank in ranks]
+    (found,) = msgspec.json.decode(output, type=list[Generated])
+    assert all(
+        found.tokens[item.request_id] == found.tokens[f"{item.request_id} again"] for item in requests(4)
+    )
 
 
 def test_pipeline_stages_give_the_tokens_of_one_rank(ranked: Path, split_runs: dict[Split, Tokens]) -> None:

@@ -95,6 +95,13 @@ def test_dtype(hardware: Hardware, asked: Any, expected: str, item_bytes: int) -
     assert resolved.cache.kv_cache_dtype == {4: "fp32", 2: "bf16"}[item_bytes]
 
 
+def test_native_code_takes_the_cores_and_holds_int8() -> None:
+    resolved, memory = _resolve(replace(CONFIG, backend="auto"), replace(CPU, num_cores=3), 1600)
+    assert (resolved.backend, resolved.cpu_threads, resolved.dtype) == ("cpu", 3, "float32")
+    assert memory.weight_bytes == 1600 + 1600 // 16
+    assert _resolve(resolved, CPU, 1600) == (resolved, memory)
+
+
 @pytest.mark.parametrize(("asked", "item_bytes"), [("fp32", 4), ("bf16", 2), ("fp8", 1)])
 def test_the_cache_dtype_that_is_asked_for_is_planned(asked: Any, item_bytes: int) -> None:
     resolved, memory = _resolve(_with_cache(kv_cache_dtype=asked, kv_cache_memory=1.0))

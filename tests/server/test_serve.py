@@ -431,7 +431,9 @@ def several_ranks(
 
 
 def serve_tiny(tiny: Path, *options: str) -> list[str | Path]:
-    return [NYBBLE, "serve", tiny, "--port", "0", "--served-model-name", "tiny", *options]
+    """On the reference: ranks of native code, which quantize their own shares, need not agree with one."""
+    common = ["--backend", "reference", "--served-model-name", "tiny"]
+    return [NYBBLE, "serve", tiny, "--port", "0", *common, *options]
 
 
 @contextmanager

@@ -111,11 +111,12 @@ static void divide_all(struct work *work)
         divide(work, sequence);
 }
 
-/* A thread's memory: queries, limits, scores, and two results. */
+/* A thread's memory: queries, limits, scores, a tile as float32, and two results. */
 struct memory {
     float *queries;
     int64_t *limits;
     float *scores;
+    float *widened;
     struct nybble_softmax total;
     struct nybble_softmax next;
 };
@@ -135,13 +136,19 @@ static size_t score_bytes(const struct work *work)
     return (size_t)(work->queries_in_a_part * (NYBBLE_KEYS_IN_A_TILE + NYBBLE_MOST_LANES)) * sizeof(float);
 }
 
+static size_t widened_bytes(const struct work *work)
+{
+    return (size_t)nybble_padded(nybble_widened_size(work->arguments->cache->head_dim)) * sizeof(float);
+}
+
 static struct memory memory_of(const struct work *work, int thread)
 {
     char *at = work->threads + (size_t)thread * work->thread_bytes;
     struct memory memory = {.queries = (float *)at};
     memory.limits = (int64_t *)(at += query_bytes(work));
     memory.scores = (float *)(at += limit_bytes(work));
-    memory.total = softmax_at(work, at += score_bytes(work));
+    memory.widened = (float *)(at += score_bytes(work));
+    memory.total = softmax_at(work, at += widened_bytes(work));
     memory.next = softmax_at(work, at + work->softmax_bytes);
     return memory;
 }
@@ -198,6 +205,7 @@ static void attend_to_span(const struct work *work, const struct item *item, con
         .first = first,
         .end = smaller(first + NYBBLE_KEYS_IN_A_SPAN, item_end(work, item)),
         .scores = memory->scores,
+        .widened = memory->widened,
         .result = *result,
     });
 }
@@ -262,7 +270,8 @@ int nybble_paged_attention(nybble_pool *pool, const struct nybble_paged_attentio
     work.width = nybble_padded(arguments->cache->head_dim);
     work.softmax_bytes =
         (size_t)(work.queries_in_a_part * work.width + 2 * nybble_padded(work.queries_in_a_part)) * sizeof(float);
-    work.thread_bytes = query_bytes(&work) + limit_bytes(&work) + score_bytes(&work) + 2 * work.softmax_bytes;
+    work.thread_bytes = query_bytes(&work) + limit_bytes(&work) + score_bytes(&work) + widened_bytes(&work) +
+                        2 * work.softmax_bytes;
     divide_all(&work);
 
     size_t bytes = 0;

@@ -39,7 +39,8 @@ struct nybble_softmax {
 
 /* Queries that share a KV head, against keys first to end of one sequence.
    queries: [num_queries, head_dim], times the scale of scores and log2 e; limits: [num_queries], the keys that
-   each may see; scores: scratch [num_queries, NYBBLE_KEYS_IN_A_TILE + NYBBLE_MOST_LANES]. */
+   each may see. Scratch: scores [num_queries, NYBBLE_KEYS_IN_A_TILE + NYBBLE_MOST_LANES]; widened
+   [nybble_widened_size(head_dim)]. */
 struct nybble_attention_span {
     const struct nybble_kv_cache *cache;
     const int32_t *block_table;
@@ -50,6 +51,7 @@ struct nybble_attention_span {
     int64_t first;
     int64_t end;
     float *scores;
+    float *widened;
     struct nybble_softmax result;
 };
 
@@ -105,6 +107,11 @@ NYBBLE_API int nybble_attention_input(nybble_pool *pool, const struct nybble_att
 static inline int64_t nybble_padded(int64_t count)
 {
     return (count + NYBBLE_MOST_LANES - 1) / NYBBLE_MOST_LANES * NYBBLE_MOST_LANES;
+}
+
+static inline int64_t nybble_widened_size(int64_t head_dim)
+{
+    return head_dim * (NYBBLE_KEYS_IN_A_TILE + NYBBLE_MOST_LANES) + NYBBLE_KEYS_IN_A_TILE * nybble_padded(head_dim);
 }
 
 #endif

@@ -96,7 +96,10 @@ def _dequantized(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def test_greedy_answers_equal_transformers(demo_checkpoint: Path, oracle: Glm4MoeForCausalLM) -> None:
     tokenizer = Tokenizer(demo_checkpoint)
     config = EngineConfig(
-        checkpoint=str(demo_checkpoint), device="cpu", cache=CacheConfig(kv_cache_memory=0.5)
+        checkpoint=str(demo_checkpoint),
+        backend="reference",
+        device="cpu",
+        cache=CacheConfig(kv_cache_memory=0.5),
     )
     engine = load_engine(prepare(config))
     for question in QUESTIONS:
