@@ -88,7 +88,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def child() -> psutil.Process:
-    (process,) = psutil.Process().children()
+    (process,) = (
+        process
+        for process in psutil.Process().children()  # other tests may have left some
+        if process.status() != psutil.STATUS_ZOMBIE and ENGINE in process.cmdline()
+    )
     return process
 
 
