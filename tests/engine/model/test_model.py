@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from chunked_logits import ChunkedLogits, chunked_logits, cut
 from running import random_prompt, request, run, tiny_config, tiny_engine, tokens
 from tiny_glm import SIZES, VARIANTS, greedy_tokens, make_checkpoint
 from transformers import Glm4MoeForCausalLM
 
-from nybble.engine.checkpoint.checkpoint import Checkpoint
-from nybble.engine.checkpoint.model_config import ModelConfig
-from nybble.engine.messages import SamplingParams
-from nybble.engine.model.kv_cache import CacheGeometry, allocate_kv_cache
-from nybble.engine.model.model import Glm4Moe
-from nybble.engine.model.weights import load_weights
-from nybble.engine.planning.placement import Placement
-from nybble.engine.scheduling.step import Chunk, StepPlan, build_step_input
 from nybble.kernels.reference_ops import ReferenceOps
-
-BLOCK_SIZE = 16
-CPU = torch.device("cpu")
 
 Variant = tuple[Path, Glm4MoeForCausalLM]
 
@@ -35,30 +24,8 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def load(
     directory: Path, dtype: torch.dtype = torch.float32, kv_dtype: torch.dtype | None = None
-) -> Callable[[list[list[int]]], torch.Tensor]:
-    """A function from chunks of one sequence to the logits of all its tokens, run chunk by chunk."""
-    config = ModelConfig.from_directory(directory)
-    ops = ReferenceOps(dtype)
-    weights = load_weights(Checkpoint.open(directory), config, ops, CPU, dtype)
-    model = Glm4Moe(config, weights, ops, CPU)
-    geometry = CacheGeometry.of(config, Placement(), kv_dtype or dtype, BLOCK_SIZE, num_blocks=40)
-
-    def logits(chunks: list[list[int]]) -> torch.Tensor:
-        cache = allocate_kv_cache(geometry, ops, CPU)
-        for layer in cache:  # what was never written must never be read
-            layer.keys.fill_(torch.nan)
-            layer.values.fill_(torch.nan)
-        blocks = list(range(39, -1, -1))
-        outputs, start = [], 0
-        for token_ids in chunks:
-            chunk = Chunk("a", token_ids, start, blocks, SamplingParams(max_tokens=1))
-            step = build_step_input(StepPlan((chunk,)), BLOCK_SIZE)
-            hidden = model.forward(model.embed(step.token_ids), step.positions, cache, step.attention)
-            outputs.append(model.logits(hidden))
-            start += len(token_ids)
-        return torch.cat(outputs)
-
-    return logits
+) -> ChunkedLogits:
+    return chunked_logits(directory, ReferenceOps(dtype), dtype, kv_dtype or dtype)
 
 
 @torch.inference_mode()
@@ -77,11 +44,7 @@ def test_chunked_prefill_equals_whole(variant: Variant) -> None:
     logits = load(directory)
     whole = logits([prompt])
     for sizes in ([1] * 77, [16, 16, 45], [15, 17, 1, 44]):
-        pieces, rest = [], prompt
-        for size in sizes:
-            pieces.append(rest[:size])
-            rest = rest[size:]
-        assert (logits(pieces) - whole).abs().max() <= 1e-4 * whole.abs().max()
+        assert (logits(cut(prompt, sizes)) - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
 def test_greedy_tokens_equal_transformers(variant: Variant) -> None:
