@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -19,19 +18,14 @@ from starlette.routing import Route
 from starlette.types import Receive
 
 from nybble.engine.engine_client import EngineClient, ObservedEngine
-from nybble.engine.errors import (
-    NybbleError,
-)
+from nybble.engine.errors import NybbleError
 from nybble.server.access.access import Access
 from nybble.server.access.key_gate import KeyGate, visit_of
 from nybble.server.access.metered_engine import AskedPrompt, MeteredEngine, own_salt
 from nybble.server.chat.chat_request import parse_chat_request, prepare_chat_request
 from nybble.server.chat.completion import Completion
 from nybble.server.chat.replay_store import ReplayStore
-from nybble.server.errors import (
-    APIError,
-    api_error,
-)
+from nybble.server.errors import APIError, api_error
 from nybble.server.event_stream import EventStream
 from nybble.server.faults import AnswerFaults
 from nybble.server.http_checks import CheckRequests
@@ -49,8 +43,6 @@ from nybble.server.server_config import ServerConfig
 from nybble.server.text.text_completion import TextCompletionRun
 from nybble.server.unknown_route import route_error
 from nybble.server.work_pool import WorkPool
-
-logger = logging.getLogger("nybble.server")
 
 T = TypeVar("T")
 _NUM_WORK_THREADS = 4

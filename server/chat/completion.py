@@ -85,7 +85,7 @@ class Completion:
             prompt_token_ids=asked.prompt_token_ids,
             sampling=choice_sampling(asked.sampling, number),
             priority=asked.priority,
-            deadline=self._time_left(),
+            deadline=self._timer.time_left(asked.timeout),
             cache_salt=asked.cache_salt,
             explain_cache=asked.explain_cache and number == 0,
         )
@@ -112,12 +112,6 @@ class Completion:
                 yield delta
                 if delta.finish_reason is not None:
                     return
-
-    def _time_left(self) -> float | None:
-        """Seconds of the request's timeout, if it has one: of all choices together."""
-        if self._request.timeout is None:
-            return None
-        return self._request.timeout - self._timer.elapsed
 
     def usage(self) -> Usage:
         """Of all choices together; the prompt counts once."""

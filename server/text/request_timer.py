@@ -27,6 +27,10 @@ class RequestTimer:
         """Seconds since the request."""
         return self._clock() - self._start
 
+    def time_left(self, timeout: float | None) -> float | None:
+        """Seconds of a timeout, if the request has one: of all its answers together."""
+        return None if timeout is None else timeout - self.elapsed
+
     def note_token(self, event: TokenEvent, ends_prompt: bool) -> None:
         """ends_prompt: whether it is the first one after a prompt."""
         self._last = self._clock()

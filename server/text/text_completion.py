@@ -108,7 +108,7 @@ class TextCompletionRun:
             prompt_token_ids=prompt.token_ids,
             sampling=self._sampling(place, number),
             priority=job.priority,
-            deadline=self._time_left(),
+            deadline=self._timer.time_left(job.timeout),
             cache_salt=job.cache_salt,
         )
         async with aclosing(self._engine.generate(request)) as groups:
@@ -138,12 +138,6 @@ class TextCompletionRun:
         if number:
             sampling = replace(sampling, num_prompt_logprobs=None)
         return choice_sampling(sampling, place * self._job.num_choices + number)
-
-    def _time_left(self) -> float | None:
-        """Seconds of the request's timeout, if it has one: of all answers together."""
-        if self._job.timeout is None:
-            return None
-        return self._job.timeout - self._timer.elapsed
 
     def _note_progress(self, events: Sequence[AnswerEvent], place: int, is_prompt: bool) -> None:
         for event in events:

@@ -64,3 +64,11 @@ def test_elapsed_is_since_the_request() -> None:
     timer = RequestTimer(clock)
     clock.now += 2.5
     assert timer.elapsed == 2.5
+
+
+def test_a_timeout_counts_from_the_request() -> None:
+    clock = Clock()
+    timer = RequestTimer(clock)
+    clock.now += 2.5
+    assert timer.time_left(4.0) == 1.5
+    assert timer.time_left(None) is None
