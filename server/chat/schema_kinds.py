@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
-from urllib.parse import unquote
+
+from nybble.server.requests.json_pointer import value_at
 
 Kinds = frozenset[str]  # as a schema's "type" names them; where "number" is, "integer" is too
 
@@ -77,19 +78,10 @@ class SchemaKinds:
 
     def _referenced(self, reference: str) -> Any:
         """What a reference within the schema leads to, or None."""
-        if not reference.startswith("#"):
+        try:
+            return value_at(self._root, reference)
+        except LookupError:
             return None
-        target = self._root
-        for step in unquote(reference[1:]).split("/")[1:]:
-            target = _member(target, step.replace("~1", "/").replace("~0", "~"))
-        return target
-
-
-def _member(target: Any, name: str) -> Any:
-    if isinstance(target, Mapping):
-        return target.get(name)
-    is_index = isinstance(target, list) and name.isdecimal() and len(name) < 9 and int(name) < len(target)
-    return target[int(name)] if is_index else None
 
 
 def _declared(names: Any) -> Kinds | None:

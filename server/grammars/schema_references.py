@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from nybble.server.grammars.lark_text import InexpressibleError
+from nybble.server.requests.json_pointer import value_at
 
 _OF_SCHEMAS = ("properties", "patternProperties", "dependentSchemas")  # names -> schemas
 _DATA = ("enum", "const", "default", "examples", "example")
@@ -21,10 +21,10 @@ class SchemaReferences:
         """Raises InexpressibleError: it leads nowhere, or out of the schema."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise InexpressibleError(f"$ref {reference!r}: only references within the schema are followed")
-        target = self._root
-        for step in unquote(reference[1:]).split("/")[1:]:
-            target = _member(target, step.replace("~1", "/").replace("~0", "~"), reference)
-        return target
+        try:
+            return value_at(self._root, reference)
+        except LookupError as error:
+            raise InexpressibleError(f"$ref {reference!r}: leads nowhere") from error
 
     def standalone(self, schema: Any) -> Any:
         """A part with all that it refers to, but without OpenAPI's "nullable", which is not JSON schema's."""
@@ -54,11 +54,3 @@ def _rewritten(schema: Any, names: dict[str, str]) -> Any:
         elif key not in _LEFT_OUT:
             found[key] = _rewritten(value, names)
     return found
-
-
-def _member(target: Any, name: str, reference: str) -> Any:
-    if isinstance(target, Mapping) and name in target:
-        return target[name]
-    if isinstance(target, list) and name.isdecimal() and len(name) < 9 and int(name) < len(target):
-        return target[int(name)]
-    raise InexpressibleError(f"$ref {reference!r}: leads nowhere")
