@@ -103,7 +103,8 @@ class EngineConfig:
         default="auto", metadata={"help": "activations (auto: float32 on a CPU, else bfloat16)"}
     )
     enforce_eager: bool = field(
-        default=False, metadata={"help": "launch every kernel of a decode step, instead of a CUDA graph"}
+        default=False,
+        metadata={"help": "launch every operation of a decode step, instead of repeating recorded ones"},
     )
     deterministic: bool = field(
         default=False,

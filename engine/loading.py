@@ -30,7 +30,7 @@ from nybble.engine.errors import OptionError
 from nybble.engine.grammar.grammar_compiler import GrammarCompiler
 from nybble.engine.hardware import Hardware, detect
 from nybble.engine.messages import EngineReady
-from nybble.engine.model.decode_graphs import record_cuda_graph
+from nybble.engine.model.decode_graphs import Recorder, powers_of_two, record_cuda_graph
 from nybble.engine.model.kv_cache import allocate_kv_cache
 from nybble.engine.model.model import Glm4Moe
 from nybble.engine.model.model_runner import ModelRunner
@@ -44,7 +44,10 @@ from nybble.engine.resolution import MemoryPlan, resolve
 from nybble.engine.sampling.sampler import Sampler
 from nybble.engine.scheduling.block_pool import BlockPool
 from nybble.engine.scheduling.scheduler import Scheduler
-from nybble.kernels.ops import KVCacheLayer
+from nybble.kernels.cpu.cpu_ops import CpuOps
+from nybble.kernels.ops import KVCacheLayer, Ops
+
+_MOST_RECORDED = 8  # sequences of a step, on the CPU backend
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,16 @@ def load_worker(
     worker = Worker(model_config, model, tuple(caches), group, device, dtype, draft_worker)
     if not config.enforce_eager:
         max_blocks = -(-preparation.limits.max_model_len // preparation.limits.block_size)
-        worker.record_decode_graphs(
-            record_cuda_graph,
-            config.scheduler.max_num_seqs,
-            max_blocks,
-            config.speculation.num_speculative_tokens,
-        )
+        recorder = _recorder(ops, config.scheduler.max_num_seqs)
+        worker.record_decode_graphs(recorder, max_blocks, config.speculation.num_speculative_tokens)
     return worker
+
+
+def _recorder(ops: Ops[Any], max_num_seqs: int) -> Recorder:
+    """On a CPU a larger batch takes so long that what Python needs does not count, and would fill memory."""
+    if isinstance(ops, CpuOps):
+        return Recorder(ops.record, range(1, min(max_num_seqs, _MOST_RECORDED) + 1), at_start=False)
+    return Recorder(record_cuda_graph, powers_of_two(max_num_seqs), at_start=True)
 
 
 def _kv_scales(preparation: Preparation) -> tuple[KVScales, ...]:
@@ -172,7 +178,7 @@ def build_engine(
     """Rank 0's engine around its worker. `drafter` takes the place of the checkpoint's draft layer."""
     config, geometry = preparation.config, preparation.memory.cache_geometry
     num_drafts = config.speculation.num_speculative_tokens
-    sampler = Sampler(make_ops(config, preparation.hardware), preparation.limits.num_token_ids)
+    sampler = Sampler(worker.ops, preparation.limits.num_token_ids)
     scheduler = Scheduler(
         config.scheduler,
         BlockPool(geometry.num_blocks),

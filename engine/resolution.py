@@ -69,8 +69,7 @@ def resolve(
         config,
         backend=backend,
         enforce_eager=config.enforce_eager
-        or config.deterministic  # inside a graph a library may choose another product
-        or not _can_record(backend, inventory, placement, hardware),
+        or not _can_record(backend, config.deterministic, inventory, placement, hardware),
         device=hardware.device,
         dtype=dtype,
         max_model_len=config.max_model_len or model.max_position_embeddings,
@@ -123,12 +122,18 @@ def _plan_memory(
     return MemoryPlan(weight_bytes=weight_bytes, cache_geometry=geometry)
 
 
-def _can_record(backend: str, inventory: Inventory, placement: Placement, hardware: Hardware) -> bool:
-    """Whether the main model's decode steps can be CUDA graphs. Stages wait for each other on the host, and
-    so do experts that have no kernel."""
+def _can_record(
+    backend: str, is_deterministic: bool, inventory: Inventory, placement: Placement, hardware: Hardware
+) -> bool:
+    """Whether the main model's decode steps can be recorded. Stages wait for each other on the host, and so
+    do experts that have no kernel, and ranks on CPUs; in a CUDA graph a library may choose another
+    product."""
+    if backend == "cpu":
+        return placement.split.num_ranks == 1
     is_one_stage = placement.is_first_stage and placement.is_last_stage
     has_kernels = all("FP4" in layout for layout in _expert_layouts(inventory.main))
-    return backend == "triton" and hardware.device == "cuda" and is_one_stage and has_kernels
+    is_graph = backend == "triton" and hardware.device == "cuda" and not is_deterministic
+    return is_graph and is_one_stage and has_kernels
 
 
 def _expert_layouts(groups: Iterable[Group]) -> list[str]:

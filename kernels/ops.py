@@ -1,10 +1,10 @@
 """The operations a backend implements, and the small values they exchange.
 
 The model calls the five composite operations of a layer (`attention_input`, `paged_attention`,
-`attention_output`, `dense_mlp`, `moe`) and `embed` and `logits` around them; the draft layer also
-`rms_norm` and `linear`; the sampler `adjust_logits`, `sample` and `token_logprobs`. A backend may
-fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every operation
-takes and returns tensors and the dataclasses below, never a model or a context.
+`attention_output`, `dense_mlp`, `moe`) and `embed`, `rotary_angles`, `add` and `logits` around them; the
+draft layer also `rms_norm` and `linear`; the sampler `adjust_logits`, `sample` and `token_logprobs`. A
+backend may fuse a composite whole or build it from finer operations, as `ReferenceOps` does. Every
+operation takes and returns tensors and the dataclasses below, never a model or a context.
 
 Weights may be one rank's share of a model. Then `embed`, `attention_output`, `dense_mlp` and `moe` return
 partial sums: added over the ranks, and to the hidden states, they are the model's. No operation communicates.
@@ -214,6 +214,10 @@ class Ops(Protocol[W]):
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         """[T, H]: the rows of token_ids int64 [T], zeros for those that the table does not hold."""
 
+    def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
+        """Those of tokens at positions int64 [T], from a table of all positions [P, rotary_dim / 2], float32,
+        rounded to the activation dtype."""
+
     def attention_input(
         self,
         hidden: Tensor,
@@ -243,6 +247,9 @@ class Ops(Protocol[W]):
 
     def moe(self, hidden: Tensor, update: Tensor | None, weights: MoeWeights[W]) -> tuple[Tensor, Tensor]:
         """hidden + update [T, H], and the routed and shared experts of its norm."""
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """hidden + update, both [T, H], which may be `hidden` itself, changed."""
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: W) -> Tensor:
         """float32 [S, V]: the head applied to the norm of hidden [S, H]."""

@@ -73,6 +73,9 @@ class ReferenceOps:
         found = F.embedding(rows.masked_fill(is_elsewhere, 0), embedding.table)
         return found.masked_fill(is_elsewhere.unsqueeze(-1), 0)
 
+    def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
+        return RotaryAngles(cos=table.cos[positions].to(self.dtype), sin=table.sin[positions].to(self.dtype))
+
     def attention_input(
         self,
         hidden: Tensor,
@@ -117,6 +120,9 @@ class ReferenceOps:
         routed = experts(x, routing, weights.experts, weights.first_expert, self._arithmetic)
         shared = mlp(x, weights.shared_expert, self._arithmetic).float()
         return hidden, (routed + shared).to(hidden.dtype)
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        return hidden + update
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Tensor) -> Tensor:
         return self._arithmetic.linear(rms_norm(hidden, norm), head).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.checkpoint.model_config import ModelConfig
-from nybble.engine.model.rotary import RotaryTable
+from nybble.engine.model.rotary import rotary_table
 from nybble.engine.model.weights import HeadWeights, LayerWeights, ModelWeights
 from nybble.kernels.ops import (
     AttentionBatch,
@@ -44,10 +44,10 @@ class Glm4Moe(Generic[W]):
         device: torch.device,
         all_reduce: Callable[[Tensor], Tensor] = _unchanged,
     ) -> None:
+        self.ops = ops
         self._weights = weights
-        self._ops = ops
         self._all_reduce = all_reduce
-        self._rotary = RotaryTable(
+        self._rotary_table = rotary_table(
             config.rope_theta, config.rotary_dim, config.max_position_embeddings, device
         )
 
@@ -59,7 +59,7 @@ class Glm4Moe(Generic[W]):
 
     def embed_with(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         """[T, H]: the rows of token_ids int64 [T] in any embedding that is divided like the model's."""
-        return self._all_reduce(self._ops.embed(token_ids, embedding))
+        return self._all_reduce(self.ops.embed(token_ids, embedding))
 
     def forward(
         self,
@@ -83,8 +83,8 @@ class Glm4Moe(Generic[W]):
         batch: AttentionBatch,
     ) -> Tensor:
         """As `forward`, through any layers, each with its cache."""
-        ops = self._ops
-        angles = self._rotary.at(positions, hidden.dtype)
+        ops = self.ops
+        angles = ops.rotary_angles(self._rotary_table, positions)
         update: Tensor | None = None
         for layer, cache in layers:
             hidden, query = ops.attention_input(hidden, update, layer.attention, angles, cache, batch.slots)
@@ -92,17 +92,17 @@ class Glm4Moe(Generic[W]):
             update = self._all_reduce(ops.attention_output(attended, layer.attention))
             hidden, update = self._feed_forward(hidden, update, layer.feed_forward)
             update = self._all_reduce(update)
-        return hidden if update is None else hidden + update
+        return hidden if update is None else ops.add(hidden, update)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm of hidden [T, H]. On the last stage only."""
-        return self._ops.rms_norm(hidden, self._head().norm)
+        return self.ops.rms_norm(hidden, self._head().norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [S, V] of hidden [S, H], of this rank's share V of the vocabulary. On the last stage
         only."""
         head = self._head()
-        return self._ops.logits(hidden, head.norm, head.matrix)
+        return self.ops.logits(hidden, head.norm, head.matrix)
 
     def _head(self) -> HeadWeights[W]:
         if self._weights.head is None:
@@ -113,5 +113,5 @@ class Glm4Moe(Generic[W]):
         self, hidden: Tensor, update: Tensor, weights: DenseWeights[W] | MoeWeights[W]
     ) -> tuple[Tensor, Tensor]:
         if isinstance(weights, DenseWeights):
-            return self._ops.dense_mlp(hidden, update, weights)
-        return self._ops.moe(hidden, update, weights)
+            return self.ops.dense_mlp(hidden, update, weights)
+        return self.ops.moe(hidden, update, weights)

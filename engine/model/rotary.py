@@ -13,18 +13,12 @@ whatever else is in its step. It takes 52 MB for GLM-4.7.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from nybble.kernels.ops import RotaryAngles
 
 
-class RotaryTable:
-    def __init__(self, theta: float, rotary_dim: int, num_positions: int, device: torch.device) -> None:
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-        angles = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1) * theta**-exponents
-        # float32 [num_positions, rotary_dim / 2]
-        self._cos, self._sin = (turn.float().to(device) for turn in (angles.cos(), angles.sin()))
-
-    def at(self, positions: Tensor, dtype: torch.dtype) -> RotaryAngles:
-        """Of tokens at positions int64 [T], rounded to `dtype`."""
-        return RotaryAngles(cos=self._cos[positions].to(dtype), sin=self._sin[positions].to(dtype))
+def rotary_table(theta: float, rotary_dim: int, num_positions: int, device: torch.device) -> RotaryAngles:
+    """float32 [num_positions, rotary_dim / 2] each, for `Ops.rotary_angles`."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    angles = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1) * theta**-exponents
+    return RotaryAngles(cos=angles.cos().float().to(device), sin=angles.sin().float().to(device))

@@ -11,11 +11,11 @@ from nybble.engine.checkpoint.model_config import ModelConfig
 from nybble.engine.drafting import draft_step
 from nybble.engine.drafting.draft_step import DraftInput
 from nybble.engine.drafting.draft_worker import DraftWorker
-from nybble.engine.model.decode_graphs import DecodeGraphs, Outputs, Record
+from nybble.engine.model.decode_graphs import DecodeGraphs, Outputs, Recorder
 from nybble.engine.model.model import Glm4Moe
 from nybble.engine.ranks.rank_group import Announced, RankGroup
 from nybble.engine.scheduling.step import StepInput, unpack
-from nybble.kernels.ops import KVCacheLayer, W
+from nybble.kernels.ops import KVCacheLayer, Ops, W
 
 
 class Worker(Generic[W]):
@@ -40,24 +40,25 @@ class Worker(Generic[W]):
         self._decode_graphs: DecodeGraphs | None = None
         self._last_step: tuple[StepInput, Tensor] | None = None  # with its hidden states, for drafting
 
+    @property
+    def ops(self) -> Ops[W]:
+        """The backend, which samples too."""
+        return self._model.ops
+
     @torch.inference_mode()
-    def record_decode_graphs(
-        self, record: Record, max_num_seqs: int, max_blocks: int, max_num_drafts: int = 0
-    ) -> None:
+    def record_decode_graphs(self, recorder: Recorder, max_blocks: int, max_num_drafts: int = 0) -> None:
         """From now on replay decode steps, with up to max_num_drafts drafts for each sequence.
 
-        For a rank that has all layers, of a backend that leaves out tokens in negative slots and sequences
-        without context.
+        For a rank that has all layers. A backend that is recorded at start leaves out tokens in negative
+        slots and sequences without context.
         """
 
         def forward(step: StepInput) -> Outputs:
             hidden = self._run_stage(step)
-            return self._logits(hidden, step), self._normed(hidden)
+            return self._model.logits(hidden), self._normed(hidden)
 
         query_lengths = range(1, max_num_drafts + 2)
-        self._decode_graphs = DecodeGraphs(
-            forward, record, max_num_seqs, query_lengths, max_blocks, self._device
-        )
+        self._decode_graphs = DecodeGraphs(forward, recorder, query_lengths, max_blocks, self._device)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> Tensor | None:
@@ -133,6 +134,8 @@ class Worker(Generic[W]):
         """All logits [S', V], of which each rank of the last stage has its share."""
         num_shares = self._group.placement.split.tensor_parallel
         shape = num_rows, self._config.vocab_size // num_shares
+        if own is not None and num_shares == 1:
+            return own
         parts = [own] if own is not None else []
         others = [
             torch.empty(shape, dtype=torch.float32, device=self._device)

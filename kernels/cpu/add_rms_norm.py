@@ -34,8 +34,8 @@ def add_rms_norm(pool: Pool, hidden: Tensor, update: Tensor | None, norm: RmsNor
         ValueError: a shape, dtype, device or layout is not as said.
     """
     tokens, columns = hidden.shape
-    normed = torch.empty_like(hidden)
-    added = hidden if update is None else torch.empty_like(hidden)
+    normed = pool.empty(tokens, columns)
+    added = hidden if update is None else pool.empty(tokens, columns)
     arguments = _Arguments(
         pointer("hidden", hidden, torch.float32, (tokens, columns)),
         None if update is None else pointer("update", update, torch.float32, (tokens, columns)),

@@ -74,8 +74,10 @@ def attention_input(
             f"expected {shape.num_kv_heads} of {shape.head_dim}"
         )
     num_tokens = hidden.shape[0]
-    _check_slots(slots, num_tokens, cache)
-    query = torch.empty((num_tokens, shape.num_heads, shape.head_dim))
+    pointer("slots", slots, torch.int64, (num_tokens,))
+    _check_range(_slot_range(slots), num_slots(cache))
+    _check_before_replay(pool, slots, num_slots(cache))
+    query = pool.empty(num_tokens, shape.num_heads, shape.head_dim)
     hidden_shape, angles_shape = (num_tokens, native.hidden_size), (num_tokens, shape.rotary_dim // 2)
     hidden_pointer = pointer("hidden", hidden, torch.float32, hidden_shape)
     arguments = _Arguments(
@@ -127,11 +129,14 @@ def _head_norm(name: str, norm: RmsNorm | None, shape: AttentionShape) -> int | 
     return None if norm is None else pointer(name, norm.weight, torch.float32, (shape.head_dim,))
 
 
-def _check_slots(slots: Tensor, num_tokens: int, cache: KVCacheLayer) -> None:
-    pointer("slots", slots, torch.int64, (num_tokens,))
-    lowest, highest = _slot_range(slots)
-    if lowest < 0 or highest >= num_slots(cache):
-        raise ValueError(f"slots are {lowest} to {highest}, but the cache has {num_slots(cache)}")
+def _check_range(slots: tuple[int, int], end: int) -> None:
+    lowest, highest = slots
+    if lowest < 0 or highest >= end:
+        raise ValueError(f"slots are {lowest} to {highest}, but the cache has {end}")
+
+
+def _check_before_replay(pool: Pool, slots: Tensor, end: int) -> None:
+    pool.before_replay(("slots", id(slots), end), lambda: _check_range(_range(slots), end))
 
 
 def _range(slots: Tensor) -> tuple[int, int]:

@@ -4,17 +4,21 @@ Activations are float32. FP4 weights stay FP4; of matrices that come as floats o
 becomes. What a token gives depends on nothing but itself, its context and the weights: not on the rest of the
 step, on how its prompt is divided, or on the number of threads.
 
-`ReferenceOps` does what is left: the embedding's rows, adjustments and log-probabilities of logits, and picks
-from rows that top_k, top_p or min_p filter.
+`ReferenceOps` does what is left: adjustments and log-probabilities of logits, and picks from rows that top_k,
+top_p or min_p filter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nybble.kernels.arithmetic import PLAIN, Arithmetic
 from nybble.kernels.cpu import kv_cache_layout
+from nybble.kernels.cpu.add import add
 from nybble.kernels.cpu.add_rms_norm import add_rms_norm
 from nybble.kernels.cpu.attention_input import attention_input
 from nybble.kernels.cpu.cpu_matrix import CpuMatrix, FloatForm, prepare
@@ -23,6 +27,7 @@ from nybble.kernels.cpu.feed_forward import FeedForward
 from nybble.kernels.cpu.linear import linear
 from nybble.kernels.cpu.paged_attention import paged_attention
 from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.cpu.rows import embed, rotary_angles
 from nybble.kernels.cpu.sampling import is_unfiltered, sample_unfiltered
 from nybble.kernels.cpu.weight_memory import WeightMemory
 from nybble.kernels.logit_adjustments import LogitAdjustments
@@ -42,6 +47,8 @@ from nybble.kernels.quantized_tensor import QuantizedTensor
 from nybble.kernels.reference_ops import ReferenceOps
 from nybble.kernels.token_logprobs import Logprobs
 
+R = TypeVar("R")
+
 
 class CpuOps:
     """`Ops` whose weights are `CpuMatrix`. See `Ops` for every argument's shape."""
@@ -53,6 +60,21 @@ class CpuOps:
         self._float_form: FloatForm = float_form
         self._feed_forward = FeedForward(pool)
         self._reference = ReferenceOps(torch.float32, arithmetic)
+
+    def record(self, run: Callable[[], R]) -> Callable[[], R]:
+        """Run a function of these operations, and return one that repeats them on the same addresses.
+
+        Only what `CpuOps` does natively is repeated, which is everything up to `logits`. The result is always
+        the first one's, with what the operations have written there since.
+        """
+        with self._pool.record() as recording:
+            result = run()
+
+        def replay() -> R:
+            self._pool.replay(recording)
+            return result
+
+        return replay
 
     def prepare_weight(self, weight: Tensor | QuantizedTensor) -> CpuMatrix:
         return prepare(weight, self._float_form, self._pool, self._memory)
@@ -74,7 +96,10 @@ class CpuOps:
         return kv_cache_layout.new_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
-        return self._reference.embed(token_ids, embedding)
+        return embed(self._pool, token_ids, embedding)
+
+    def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
+        return rotary_angles(self._pool, table, positions)
 
     def attention_input(
         self,
@@ -105,6 +130,9 @@ class CpuOps:
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: CpuMatrix) -> Tensor:
         return linear(self._pool, self.rms_norm(hidden, norm), head)
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        return add(self._pool, hidden, update)
 
     def rms_norm(self, x: Tensor, norm: RmsNorm) -> Tensor:
         return add_rms_norm(self._pool, x, None, norm)[1]

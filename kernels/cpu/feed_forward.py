@@ -107,7 +107,7 @@ class FeedForward:
 
     def _run(self, prepared: _Prepared, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         shape = (hidden.shape[0], prepared.width)
-        out = torch.empty(shape)
+        out = self._pool.empty(*shape)
         arguments = _Arguments(
             prepared.address,
             pointer("hidden", hidden, torch.float32, shape),

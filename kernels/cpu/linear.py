@@ -35,7 +35,7 @@ def linear(pool: Pool, x: Tensor, matrix: CpuMatrix) -> Tensor:
     if len(matrix.shape) != 2:
         raise ValueError(f"linear takes a matrix [N, K], not {list(matrix.shape)}")
     num_tokens = x.shape[0]
-    y = torch.empty((num_tokens, matrix.num_rows))
+    y = pool.empty(num_tokens, matrix.num_rows)
     address = pointer("x", x, torch.float32, (num_tokens, matrix.num_columns))
     arguments = _Arguments(matrix.address, address, y.data_ptr(), num_tokens)
     pool.run(pool.operation("nybble_linear", _Arguments), arguments)

@@ -43,12 +43,13 @@ def paged_attention(pool: Pool, query: Tensor, cache: KVCacheLayer, batch: Atten
     num_tokens, num_heads, head_dim = query.shape
     native_cache = native_kv_cache(cache)
     checked.check(cache, num_tokens)
+    _check_before_replay(pool, batch, cache, num_tokens)
     if head_dim != native_cache.head_dim or num_heads % native_cache.num_kv_heads:
         raise ValueError(
             f"query has {num_heads} heads of {head_dim}, "
             f"but the cache {native_cache.num_kv_heads} of {native_cache.head_dim}"
         )
-    attended = torch.empty((num_tokens, num_heads * head_dim))
+    attended = pool.empty(num_tokens, num_heads * head_dim)
     arguments = _Arguments(
         ctypes.pointer(native_cache),
         pointer("query", query, torch.float32, (num_tokens, num_heads, head_dim)),
@@ -102,6 +103,11 @@ class _CheckedBatch:
                 f"block_tables have blocks {self._lowest_block} to {self._highest_block}, "
                 f"but the cache {num_blocks} blocks"
             )
+
+
+def _check_before_replay(pool: Pool, batch: AttentionBatch, cache: KVCacheLayer, num_tokens: int) -> None:
+    key = ("batch", id(batch), cache.values.shape)
+    pool.before_replay(key, lambda: _CheckedBatch(batch).check(cache, num_tokens))
 
 
 _checked = NativeForms(_CheckedBatch)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
+
+import torch
+from torch import Tensor
 
 from nybble.kernels.cpu.cores import available_cores
 from nybble.kernels.cpu.native_library import NativeLibrary, Operation, native_library
+from nybble.kernels.cpu.recording import Recording, Replay
 
 _NO_MEMORY, _OTHER_PROCESS = 1, 2  # of nybble_status in nybble_cpu.h
 
@@ -53,6 +58,7 @@ class Pool:
             raise OSError(
                 f"a pool of {num_threads} threads cannot be made: no memory, or the limit of threads"
             )
+        self._recording: Recording | None = None
         self._close = weakref.finalize(self, self.library.destroy_pool, self._handle)
         self._close.atexit = False  # the process ends its threads, and one of them may be in an operation
 
@@ -72,6 +78,40 @@ class Pool:
         status = operation(self._handle, arguments)
         if status:
             raise _error(status, self._process)
+        if self._recording is not None:
+            self._recording.add(operation, arguments)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result of an operation, uninitialised."""
+        result = torch.empty(shape, dtype=dtype)
+        if self._recording is not None:
+            self._recording.keep(result)
+        return result
+
+    def before_replay(self, key: Hashable, check: Callable[[], None]) -> None:
+        """Repeat a check, which was made of what arguments hold, before each replay: once for each key."""
+        if self._recording is not None:
+            self._recording.add_check(key, check)
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Records the operations that run meanwhile, and their results' memory. By one thread at a time."""
+        assert self._recording is None, "a recording within a recording"
+        self._recording = Recording()
+        try:
+            yield self._recording
+        finally:
+            self._recording = None
+
+    def replay(self, recording: Recording) -> None:
+        """Repeat all operations of a recording of this pool in one call.
+
+        Raises:
+            ValueError: arguments hold by now what an operation must not see; none has run.
+            MemoryError, RuntimeError: as `run`.
+        """
+        recording.check()
+        self.run(self.operation("nybble_replay", Replay), recording.replay())
 
     def close(self) -> None:
         """End the threads, when no operation runs. Once is enough; a pool that is dropped does so too."""

@@ -106,6 +106,9 @@ class TritonOps:
     def embed(self, token_ids: Tensor, embedding: Embedding) -> Tensor:
         return embed(token_ids, embedding, launch=embedding_launch(embedding.table.shape[1], self.arch))
 
+    def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
+        return RotaryAngles(cos=table.cos[positions].to(self.dtype), sin=table.sin[positions].to(self.dtype))
+
     def attention_input(
         self,
         hidden: Tensor,
@@ -169,6 +172,9 @@ class TritonOps:
         launch = router_launch(num_tokens, num_experts, x.shape[1], x.dtype, self.arch)
         routed = routing(x, weights.router, launch=launch)
         return hidden, moe_experts(x, routed, weights, self.dtype, self._choice)
+
+    def add(self, hidden: Tensor, update: Tensor) -> Tensor:
+        return hidden + update
 
     def logits(self, hidden: Tensor, norm: RmsNorm, head: Matrix) -> Tensor:
         _, x = self._normed(hidden, None, norm, head)

@@ -79,6 +79,11 @@ def requests(count: int = 8) -> list[Request]:
     ]
 
 
+def replace_tokens(item: Request, max_tokens: int) -> Request:
+    sampling = msgspec.structs.replace(item.sampling, max_tokens=max_tokens)
+    return msgspec.structs.replace(item, sampling=sampling)
+
+
 def bits(events: Sequence[TokenEvent]) -> Bits:
     return [(event.token_id, event.logprobs) for event in events]
 
@@ -118,6 +123,16 @@ def test_in_chunks(checkpoint: Path, backend: Backend, alone: dict[str, Bits], b
     chunked = config(checkpoint, backend=backend, max_num_batched_tokens=budget, max_num_seqs=min(budget, 5))
     asked = requests(1 if budget == 1 else 8)
     assert answers(tiny_engine(chunked), asked) == {item.request_id: alone[item.request_id] for item in asked}
+
+
+def test_recorded_steps_have_the_bits_of_others(checkpoint: Path) -> None:
+    """Batches shrink and contexts grow over their blocks while recordings are repeated."""
+    recorded = config(checkpoint, backend="cpu")
+    asked = [replace_tokens(item, 5 + 4 * n) for n, item in enumerate(requests(8))]
+    engine = tiny_engine(recorded)
+    found = answers(engine, asked)
+    assert found == answers(tiny_engine(replace(recorded, enforce_eager=True)), asked)
+    assert answers(engine, asked) == found
 
 
 def test_preempted(checkpoint: Path, backend: Backend) -> None:

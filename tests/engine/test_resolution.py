@@ -355,3 +355,11 @@ def test_splits_that_cannot_be_are_refused(split: Split, message: str) -> None:
 
 def test_deterministic_steps_are_no_graphs() -> None:
     assert _resolve(replace(CONFIG, deterministic=True))[0].enforce_eager
+
+
+def test_the_cpu_backend_repeats_its_operations_also_if_deterministic() -> None:
+    """They are the same ones; several ranks wait for each other between theirs."""
+    config = replace(CONFIG, backend="cpu", deterministic=True)
+    assert not _resolve(config)[0].enforce_eager
+    assert _resolve(replace(config, enforce_eager=True))[0].enforce_eager
+    assert resolve(config, _inventory(1000), Placement(Split(2, 1, 1), 0), CPU)[0].enforce_eager

@@ -120,4 +120,36 @@ struct nybble_add_rms_norm {
 };
 NYBBLE_API int nybble_add_rms_norm(nybble_pool *pool, const struct nybble_add_rms_norm *arguments);
 
+/* rows.c: out [num_ids, columns] = the rows ids - first_id of table [num_rows, columns], zeros for those it has not. */
+struct nybble_rows {
+    const float *table;
+    const int64_t *ids;
+    float *out;
+    int64_t num_ids;
+    int64_t first_id;
+    int64_t num_rows;
+    int64_t columns;
+};
+NYBBLE_API int nybble_rows(nybble_pool *pool, const struct nybble_rows *arguments);
+
+/* add.c: sum [count] += update. */
+struct nybble_add {
+    float *sum;
+    const float *update;
+    int64_t count;
+};
+NYBBLE_API int nybble_add(nybble_pool *pool, const struct nybble_add *arguments);
+
+/* replay.c: operations with their arguments, up to the first whose status is not NYBBLE_OK. An operation's second
+   argument points to a structure of its own, which is passed as any pointer is. */
+struct nybble_call {
+    int (*operation)(nybble_pool *pool, const void *arguments);
+    const void *arguments;
+};
+struct nybble_replay {
+    const struct nybble_call *calls;
+    int64_t num_calls;
+};
+NYBBLE_API int nybble_replay(nybble_pool *pool, const struct nybble_replay *arguments);
+
 #endif

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.messages import SamplingParams
-from nybble.engine.model.decode_graphs import DecodeGraphs, Run
+from nybble.engine.model.decode_graphs import DecodeGraphs, Recorder, Run, powers_of_two
 from nybble.engine.scheduling.step import Chunk, StepInput, StepPlan, build_step_input
 
 BLOCK_SIZE, MAX_BLOCKS, CPU = 4, 6, torch.device("cpu")
@@ -50,7 +50,16 @@ def step_of(*chunks: Chunk) -> StepInput:
 
 
 def graphs_of(model: FakeModel, max_num_seqs: int, query_lengths: Sequence[int] = (1,)) -> DecodeGraphs:
-    return DecodeGraphs(model.forward, run_again, max_num_seqs, query_lengths, MAX_BLOCKS, CPU)
+    recorder = Recorder(run_again, powers_of_two(max_num_seqs), at_start=True)
+    return DecodeGraphs(model.forward, recorder, query_lengths, MAX_BLOCKS, CPU)
+
+
+def late_graphs_of(
+    model: FakeModel, sizes: Sequence[int], query_lengths: Sequence[int] = (1,)
+) -> DecodeGraphs:
+    """Recorded by the steps that need them."""
+    recorder = Recorder(run_again, sizes, at_start=False)
+    return DecodeGraphs(model.forward, recorder, query_lengths, MAX_BLOCKS, CPU)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +136,28 @@ def test_which_drafts_can_run() -> None:
     assert not graphs.can_run(step_of(two, one))
     assert not graphs.can_run(step_of(drafted([1, 2], 1, [0], 0)))
     assert not graphs.can_run(step_of(drafted([1, 2, 3], 1, [0], 2)))
+
+
+def test_late_recordings_are_made_by_the_first_step_of_their_size() -> None:
+    """With that step's numbers, so that nothing is padding."""
+    model = FakeModel()
+    graphs = late_graphs_of(model, range(1, 4), (1, 2))
+    assert model.sizes == []
+    chunks = [chunk(7, 5, [3, 9]), chunk(8, 0, [2]), chunk(9, 20, [1, 4, 5, 6, 7, 8])]
+    expected = [[7, 5, 6, 12], [8, 0, 1, 2], [9, 20, 21, 31]]
+    for _ in range(2):
+        logits, _ = graphs.run(step_of(*chunks))
+        assert logits.tolist() == expected
+    assert set(model.sizes) == {3}
+    assert [-1] not in model.slots and all(slot >= 0 for slots in model.slots for slot in slots)
+    logits, _ = graphs.run(step_of(drafted([7, 1], 5, [3, 9], 1)))
+    assert logits.tolist() == [[7, 5, 7, 12], [1, 6, 7, 12]]
+    assert model.sizes[-1] == 2
+
+
+def test_late_recordings_know_what_can_run() -> None:
+    graphs = late_graphs_of(FakeModel(), range(1, 4))
+    one = chunk(1, 3, [0])
+    assert graphs.can_run(step_of(one, one, one))
+    assert not graphs.can_run(step_of(one, one, one, one))
+    assert not graphs.can_run(step_of(drafted([1, 2], 1, [0], 1)))
