@@ -23,7 +23,9 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from nybble.kernels import fp8
 from nybble.kernels.cpu.cpu_matrix import CpuMatrix, dequantize, prepare
 from nybble.kernels.cpu.cpu_router import prepare_router
 from nybble.kernels.cpu.feed_forward import FeedForward
@@ -109,7 +111,7 @@ def seconds(clock: Callable[[], float], call: Callable[[], object]) -> float:
 
 def cases(pool: Pool) -> Iterator[Case]:
     for rows, columns in SHAPES:
-        for kind, weight in (("fp4", fp4(rows, columns)), ("int8", torch.randn(rows, columns))):
+        for kind, weight in kinds(rows, columns).items():
             matrices = cold(prepare(weight, pool=pool))
             check_product(pool, matrices[0])
             for num_tokens in NUM_TOKENS:
@@ -158,6 +160,11 @@ def check_product(pool: Pool, matrix: CpuMatrix) -> None:
     expected = x.double() @ dequantize(matrix).double().T
     error = (linear(pool, x, matrix) - expected).norm() / expected.norm()
     assert error < 8e-3, f"{matrix.shape} at {pool.level}: relative error {error:.2g}"
+
+
+def kinds(rows: int, columns: int) -> dict[str, Tensor | QuantizedTensor]:
+    floats = torch.randn(rows, columns)
+    return {"fp4": fp4(rows, columns), "int8": floats, "fp8": fp8.quantize(floats)}
 
 
 def fp4(rows: int, columns: int) -> QuantizedTensor:

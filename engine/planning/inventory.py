@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nybble.engine.checkpoint.checkpoint import TensorEntry
-from nybble.engine.checkpoint.layouts import find_layout
+from nybble.engine.checkpoint.layouts import FP8_PER_CHANNEL, find_layout
 from nybble.engine.checkpoint.model_config import ModelConfig
 from nybble.engine.checkpoint.parameters import Parameter, Shard, all_parameters
 from nybble.engine.checkpoint.weight_dtypes import WeightDtype, WeightDtypes
@@ -111,22 +111,13 @@ class Inventory:
         return replace(self, groups=self.main)
 
     def recast(self, weight_dtypes: WeightDtypes) -> Inventory:
-        """With the blocks that re-quantizing wants; bytes stay those of the files."""
-        dtypes: dict[str, WeightDtype] = {
-            "attention": weight_dtypes.attention_dtype,
-            "dense MLP": weight_dtypes.dense_mlp_dtype,
-            "shared experts": weight_dtypes.shared_expert_dtype,
-        }
-        parts = [part for part, dtype in dtypes.items() if dtype == "nvfp4"]
-        to_nvfp4 = {(part, is_draft) for part in parts for is_draft in (False, True)}
-        if weight_dtypes.draft_expert_dtype == "nvfp4":
-            to_nvfp4.add((EXPERTS, True))
-        groups = (
-            replace(group, block_size=max(group.block_size, NVFP4.block_size or 1))
-            if (group.part, group.is_draft) in to_nvfp4
-            else group
-            for group in self.groups
-        )
+        """With the blocks that re-quantizing wants; bytes stay those of the files where it saves some."""
+        dtypes: dict[tuple[str, bool], WeightDtype] = {(EXPERTS, True): weight_dtypes.draft_expert_dtype}
+        for is_draft in (False, True):
+            dtypes["attention", is_draft] = weight_dtypes.attention_dtype
+            dtypes["dense MLP", is_draft] = weight_dtypes.dense_mlp_dtype
+            dtypes["shared experts", is_draft] = weight_dtypes.shared_expert_dtype
+        groups = (_recast(group, dtypes.get((group.part, group.is_draft), "stored")) for group in self.groups)
         return replace(self, groups=tuple(groups))
 
     def dequantized(self, item_bytes: int) -> Inventory:
@@ -136,8 +127,8 @@ class Inventory:
         )
 
     def as_int8(self) -> Inventory:
-        """With every matrix that is not FP4 held in int8 with a float16 scale for 32 columns, and float32 for
-        the embedding, norms and routers, as by the native CPU backend; without its 4 bytes for a row."""
+        """With FP4 and FP8 as stored, other matrices in int8 with a float16 scale for 32 columns, and float32
+        for the embedding, norms and routers, as by the native CPU backend; without its 4 bytes for a row."""
         held = (replace(group, num_bytes=_int8_bytes(group, self.config)) for group in self.groups)
         return replace(self, groups=tuple(held))
 
@@ -252,9 +243,19 @@ def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
 
 
+def _recast(group: Group, dtype: WeightDtype) -> Group:
+    if dtype == "nvfp4":
+        return replace(group, block_size=max(group.block_size, NVFP4.block_size or 1))
+    if dtype == "bf16" and "FP" in group.layout:
+        return replace(group, layout="BF16", num_bytes=group.num_parameters * 2)
+    if dtype == "fp8" and "FP4" in group.layout:
+        return replace(group, layout=FP8_PER_CHANNEL.name, num_bytes=group.num_parameters)
+    return group
+
+
 def _int8_bytes(group: Group, config: ModelConfig) -> int:
     as_matrix, as_floats = group.num_parameters * 17 // 16, group.num_parameters * 4
-    if "FP4" in group.layout:
+    if "FP4" in group.layout or "FP8" in group.layout:
         return group.num_bytes
     if group.part == EMBEDDING:  # which is the head, too, where they are tied
         return as_floats + as_matrix * config.tie_word_embeddings

@@ -1,8 +1,8 @@
 """The native CPU backend's form of a weight matrix, or of a stack of them, and the way back.
 
-native/matrix.h has the layout: tiles of 16 rows, blocks of 32 columns, both padded with zeros. FP4 codes keep
-their bytes, which only change places; block scales keep theirs. Other matrices are held as int8 with a scale
-for each 32 columns, or as bfloat16.
+native/matrix.h has the layout: tiles of 16 rows, blocks of 32 columns, both padded with zeros. FP4 and FP8
+codes keep their bytes, which only change places; block scales keep theirs. Other matrices are held as int8
+with a scale for each 32 columns, or as bfloat16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from nybble.kernels.cpu.native_library import native_library
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.weight_memory import WeightMemory
-from nybble.kernels.quantized_tensor import MXFP4, QuantizedTensor, unpack_codes
+from nybble.kernels.quantized_tensor import FP8, MXFP4, QuantizedTensor, unpack_codes
 
 TILE_ROWS, BLOCK_COLUMNS = 16, 32
 FloatForm = Literal["int8", "bf16"]
@@ -32,15 +32,16 @@ class Kind(IntEnum):
     FP4_BY_16 = 0
     FP4_BY_32 = 1
     INT8 = 2
-    BFLOAT16 = 3
-    FLOAT32 = 4
+    FP8 = 3
+    BFLOAT16 = 4
+    FLOAT32 = 5
 
 
 # Of a block of 16 rows x 32 columns, by kind.
-_CODE_BYTES = (256, 256, 512, 1024, 2048)
-_SCALE_BYTES = (32, 16, 32, 0, 0)
-# What a row scale makes up for: codes have twice their value; an E4M3 byte is read as a float16, 2^-8 of it.
-_ROW_FACTORS = {Kind.FP4_BY_16: 2.0**7, Kind.FP4_BY_32: 0.5}
+_CODE_BYTES = (256, 256, 512, 512, 1024, 2048)
+_SCALE_BYTES = (32, 16, 32, 0, 0, 0)
+# What a row scale makes up for: E2M1 codes have twice their value; E4M3 bytes, read as float16, 2^-8 of it.
+_ROW_FACTORS = {Kind.FP4_BY_16: 2.0**7, Kind.FP4_BY_32: 0.5, Kind.FP8: 2.0**8}
 
 
 class _NativeMatrix(ctypes.Structure):
@@ -92,7 +93,7 @@ class CpuMatrix:
     scales: uint8 [E, ceil(N / 16), ceil(K / 32), bytes of a block]
     row_scales: float32 [E, ceil(N / 16) * 16]
 
-    Float kinds have no scales: both tensors are empty.
+    What a kind does not have is an empty tensor: FP8 has no block scales, BFLOAT16 and FLOAT32 no scales.
     """
 
     kind: Kind
@@ -120,6 +121,11 @@ class CpuMatrix:
         return self.shape[-1]
 
     @property
+    def takes_floats(self) -> bool:
+        """Whether it is multiplied with float32, not with activations that are quantized to int8."""
+        return self.kind in (Kind.FP8, Kind.BFLOAT16, Kind.FLOAT32)
+
+    @property
     def address(self) -> int:
         """Of its struct nybble_matrix, as long as this lives."""
         return ctypes.addressof(self._native)
@@ -135,7 +141,7 @@ def prepare(
     pool: Pool | None = None,
     memory: WeightMemory | None = None,
 ) -> CpuMatrix:
-    """A matrix [N, K] or a stack [E, N, K]. FP4 stays FP4; float_form says what all else becomes.
+    """A matrix [N, K] or a stack [E, N, K]. FP4 and FP8 stay as they are; floats become `float_form`.
 
     pool: whose threads share the work; by default the caller's does it. memory: by default memory of its own.
 
@@ -150,12 +156,11 @@ def prepare(
     device = weight.codes.device if isinstance(weight, QuantizedTensor) else weight.device
     if device.type != "cpu":
         raise ValueError(f"a weight is on {device}; the native CPU backend takes weights on the CPU")
-    if isinstance(weight, QuantizedTensor) and weight.format.bits == 4:
-        return _prepare_fp4(weight, pool, memory)
-    floats = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+    if isinstance(weight, QuantizedTensor):
+        return _prepare_quantized(weight, pool, memory)
     if float_form == "int8":
-        return _prepare_int8(floats, pool, memory)
-    return _pack(_empty(Kind.BFLOAT16, shape, memory), floats.bfloat16(), None, pool)
+        return _prepare_int8(weight, pool, memory)
+    return _pack(_empty(Kind.BFLOAT16, shape, memory), weight.bfloat16(), None, pool)
 
 
 def prepare_float32(weight: Tensor) -> CpuMatrix:
@@ -173,13 +178,13 @@ def _empty(kind: Kind, shape: tuple[int, ...], memory: WeightMemory | None) -> C
     *stack, rows, columns = shape
     tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK_COLUMNS)
     num_matrices = stack[0] if stack else 1
-    has_scales = _SCALE_BYTES[kind] > 0
+    has_row_scales = kind not in (Kind.BFLOAT16, Kind.FLOAT32)
     return CpuMatrix(
         kind,
         shape,
         codes=_area((num_matrices, tiles, blocks, _CODE_BYTES[kind]), memory),
         scales=_area((num_matrices, tiles, blocks, _SCALE_BYTES[kind]), memory),
-        row_scales=torch.empty((num_matrices, tiles * TILE_ROWS if has_scales else 0)),
+        row_scales=torch.empty((num_matrices, tiles * TILE_ROWS if has_row_scales else 0)),
     )
 
 
@@ -189,9 +194,9 @@ def _area(shape: tuple[int, ...], memory: WeightMemory | None) -> Tensor:
     return memory.area(math.prod(shape)).view(shape)
 
 
-def _prepare_fp4(weight: QuantizedTensor, pool: Pool | None, memory: WeightMemory | None) -> CpuMatrix:
-    kind = Kind.FP4_BY_32 if weight.format is MXFP4 else Kind.FP4_BY_16
-    codes, scales, is_nan = _positive(weight)
+def _prepare_quantized(weight: QuantizedTensor, pool: Pool | None, memory: WeightMemory | None) -> CpuMatrix:
+    kind = {FP8: Kind.FP8, MXFP4: Kind.FP4_BY_32}.get(weight.format, Kind.FP4_BY_16)
+    codes, scales, is_nan = _stored(weight)
     matrix = _pack(_empty(kind, tuple(weight.shape), memory), codes, scales, pool)
     row_scales = (weight.row_factors() * _ROW_FACTORS[kind]).masked_fill(is_nan, torch.nan)
     padding = matrix.row_scales.shape[1] - matrix.num_rows
@@ -199,9 +204,10 @@ def _prepare_fp4(weight: QuantizedTensor, pool: Pool | None, memory: WeightMemor
     return matrix
 
 
-def _positive(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes; block scales uint8 [..., N, blocks], whose signs they take; which rows have a scale NaN."""
-    assert weight.block_scales is not None
+def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Codes; block scales uint8 [..., N, blocks], whose signs they take; which rows have a NaN among them."""
+    if weight.block_scales is None:
+        return weight.codes, None, (weight.codes.view(torch.uint8) & 0x7F).amax(dim=-1) == 0x7F
     scales = weight.block_scales.view(torch.uint8)
     if weight.format is MXFP4:  # E8M0 has no signs
         return weight.codes, scales, (scales == 0xFF).any(dim=-1)
@@ -271,8 +277,11 @@ def _dequantize_one(matrix: CpuMatrix, index: int) -> Tensor:
 
 
 def _elements(kind: Kind, codes: Tensor) -> Tensor:
-    """float32 [tiles, 16, blocks, 32]: what codes stand for, times two if they are E2M1."""
+    """float32 [tiles, 16, blocks, 32]: what codes stand for, times two if they are E2M1, 2^-8 if E4M3."""
     tiles, blocks, _ = codes.shape
+    if kind is Kind.FP8:
+        columns = codes.view(torch.float8_e4m3fn).view(tiles, blocks, BLOCK_COLUMNS, TILE_ROWS)
+        return columns.permute(0, 3, 1, 2).float() / 2**8
     if kind is Kind.INT8:
         lines = codes.view(tiles, blocks, 4, 2, TILE_ROWS, 4).permute(0, 4, 1, 2, 5, 3)
         return lines.reshape(tiles, TILE_ROWS, blocks, BLOCK_COLUMNS).float() - 128
@@ -284,7 +293,9 @@ def _column_scales(matrix: CpuMatrix, index: int) -> Tensor:
     """float32 [tiles, 16, blocks, 32]: block scale times row scale of each weight."""
     stored = matrix.scales[index]
     tiles, blocks, _ = stored.shape
-    if matrix.kind is Kind.INT8:
+    if matrix.kind is Kind.FP8:
+        scales = torch.ones((tiles, TILE_ROWS))
+    elif matrix.kind is Kind.INT8:
         scales = stored.view(torch.float16).float()
     elif matrix.kind is Kind.FP4_BY_16:
         scales = stored.view(torch.float8_e4m3fn).float() / 2**8

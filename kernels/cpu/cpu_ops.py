@@ -1,8 +1,8 @@
 """The operations on the native library, for hosts without a GPU.
 
-Activations are float32. FP4 weights stay FP4; of matrices that come as floats or FP8, cpu_matrix.py says what
-becomes. What a token gives depends on nothing but itself, its context and the weights: not on the rest of the
-step, on how its prompt is divided, or on the number of threads.
+Activations are float32. FP4 and FP8 weights stay what they are; of matrices that come as floats,
+cpu_matrix.py says what becomes. What a token gives depends on nothing but itself, its context and the
+weights: not on the rest of the step, on how its prompt is divided, or on the number of threads.
 
 `ReferenceOps` does what is left: adjustments and log-probabilities of logits, and picks from rows that top_k,
 top_p or min_p filter.

@@ -156,6 +156,32 @@ ALWAYS_INLINE void add_two_columns(const struct nybble_product *products, int nu
     }
 }
 
+/* E4M3 codes of a column with their signs, which become those of float16. */
+ALWAYS_INLINE __m256 fp8_column(const uint8_t *codes, int column, int half)
+{
+    const uint8_t *const bytes = codes + column * NYBBLE_TILE_ROWS + half * ROWS;
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)bytes));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbfff)));
+}
+
+ALWAYS_INLINE void fp8_half(ARGUMENTS, const int half)
+{
+    __m256 even[MAX_TOKENS], odd[MAX_TOKENS];
+    for (int token = 0; token < num_tokens; token++)
+        even[token] = odd[token] = _mm256_setzero_ps();
+    for (int64_t block = 0; block < tile->num_blocks; block++) {
+        const uint8_t *const codes = tile->codes + block * 512;
+        if (half == 0)
+            fetch_ahead(codes, 512);
+        for (int i = 0; i < 32; i += 2)
+            add_two_columns(products, num_tokens, block * 32 + i, fp8_column(codes, i, half),
+                            fp8_column(codes, i + 1, half), even, odd);
+    }
+    for (int token = 0; token < num_tokens; token++)
+        even[token] = _mm256_add_ps(even[token], odd[token]);
+    store(tile, even, num_tokens, half, values);
+}
+
 ALWAYS_INLINE void bfloat16_half(ARGUMENTS, const int half)
 {
     __m256 even[MAX_TOKENS], odd[MAX_TOKENS];
@@ -197,12 +223,14 @@ ALWAYS_INLINE void float32_half(ARGUMENTS, const int half)
 BOTH_HALVES(fp4_by_16)
 BOTH_HALVES(fp4_by_32)
 BOTH_HALVES(int8)
+BOTH_HALVES(fp8)
 BOTH_HALVES(bfloat16)
 BOTH_HALVES(float32)
 
 TILE_OF_4(fp4_by_16, fp4_by_16)
 TILE_OF_4(fp4_by_32, fp4_by_32)
 TILE_OF_4(int8, int8)
+TILE_OF_4(fp8, fp8)
 TILE_OF_4(bfloat16, bfloat16)
 TILE_OF_4(float32, float32)
 

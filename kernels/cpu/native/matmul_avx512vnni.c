@@ -142,6 +142,30 @@ ALWAYS_INLINE void add_two_columns(const struct nybble_product *products, int nu
     }
 }
 
+/* E4M3 codes of a column with their signs, which become those of float16. */
+ALWAYS_INLINE __m512 fp8_column(const uint8_t *codes, int column)
+{
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(codes + column * NYBBLE_TILE_ROWS)));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)0xbfff)));
+}
+
+ALWAYS_INLINE void fp8(ARGUMENTS)
+{
+    __m512 even[MAX_TOKENS], odd[MAX_TOKENS];
+    for (int token = 0; token < num_tokens; token++)
+        even[token] = odd[token] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < tile->num_blocks; block++) {
+        const uint8_t *const codes = tile->codes + block * 512;
+        fetch_ahead(codes, 512);
+        for (int i = 0; i < 32; i += 2)
+            add_two_columns(products, num_tokens, block * 32 + i, fp8_column(codes, i), fp8_column(codes, i + 1), even,
+                            odd);
+    }
+    for (int token = 0; token < num_tokens; token++)
+        even[token] = _mm512_add_ps(even[token], odd[token]);
+    store(tile, even, num_tokens, values);
+}
+
 ALWAYS_INLINE void bfloat16(ARGUMENTS)
 {
     __m512 even[MAX_TOKENS], odd[MAX_TOKENS];
@@ -176,6 +200,7 @@ ALWAYS_INLINE void float32(ARGUMENTS)
 TILE_OF_8(fp4_by_16, fp4_by_16)
 TILE_OF_8(fp4_by_32, fp4_by_32)
 TILE_OF_8(int8, int8)
+TILE_OF_8(fp8, fp8)
 TILE_OF_8(bfloat16, bfloat16)
 TILE_OF_8(float32, float32)
 

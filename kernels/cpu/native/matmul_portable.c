@@ -55,11 +55,12 @@ static void from_bits(const int32_t *bits, float power, float *numbers)
         numbers[row] *= power;
 }
 
-static void from_e4m3(const uint8_t *scales, float *numbers)
+/* 2^-8 of the values, as everywhere. */
+static void from_e4m3(const uint8_t *codes, float *numbers)
 {
     int32_t bits[ROWS];
     for (int row = 0; row < ROWS; row++)
-        bits[row] = scales[row] << 20;
+        bits[row] = (int32_t)((uint32_t)(codes[row] >> 7) << 31 | (uint32_t)(codes[row] & 0x7f) << 20);
     from_bits(bits, 0x1p112f, numbers);
 }
 
@@ -155,6 +156,19 @@ static void add_columns(const block_weights weights, const float *x, float *sums
     for (int i = 0; i < COLUMNS; i++)
         for (int row = 0; row < ROWS; row++)
             sums[row] += weights[i][row] * x[i];
+}
+
+static void fp8_tile(ARGUMENTS)
+{
+    clear(values, num_tokens);
+    for (int64_t block = 0; block < tile->num_blocks; block++) {
+        block_weights weights;
+        for (int i = 0; i < COLUMNS; i++)
+            from_e4m3(tile->codes + block * 512 + i * ROWS, weights[i]);
+        for (int token = 0; token < num_tokens; token++)
+            add_columns(weights, (const float *)products[token].activations + block * COLUMNS, values[token]);
+    }
+    scale_rows(tile, num_tokens, values);
 }
 
 static void bfloat16_tile(ARGUMENTS)

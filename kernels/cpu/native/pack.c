@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { ROWS = NYBBLE_TILE_ROWS, COLUMNS = NYBBLE_BLOCK_COLUMNS, WORDS_AT_ONCE = 64 /* lines: in the first cache */ };
+enum { ROWS = NYBBLE_TILE_ROWS, COLUMNS = NYBBLE_BLOCK_COLUMNS, LINES_AT_ONCE = 64 /* in the first cache */ };
 
 /* Rows of the tile that the matrix has. */
 static int64_t rows_of_tile(const struct nybble_matrix *matrix, int64_t tile)
@@ -63,11 +63,24 @@ static void pack_words(const uint8_t *source, int64_t num_bytes, int64_t first, 
     }
 }
 
-/* The same of bytes, all of a row. */
-static void pack_bytes(const uint8_t *source, int64_t num_bytes, int64_t end, int row, uint8_t *scales)
+/* The same of bytes. */
+static void pack_bytes(const uint8_t *source, int64_t num_bytes, int64_t first, int64_t end, int row, uint8_t *bytes)
 {
-    for (int64_t i = 0; i < end; i++)
-        scales[i * ROWS + row] = i < num_bytes ? source[i] : 0;
+    const int64_t whole = num_bytes < end ? num_bytes : end;
+    for (int64_t i = first; i < whole; i++)
+        bytes[i * ROWS + row] = source[i];
+    for (int64_t i = whole > first ? whole : first; i < end; i++)
+        bytes[i * ROWS + row] = 0;
+}
+
+/* Lines first .. end - 1 of a tile, of a row of num_bytes. */
+static void pack_lines(int64_t kind, const uint8_t *source, int64_t num_bytes, int64_t first, int64_t end, int row,
+                       uint8_t *codes)
+{
+    if (kind == NYBBLE_FP8)
+        pack_bytes(source, num_bytes, 4 * first, 4 * end, row, codes);
+    else
+        pack_words(source, num_bytes, first, end, row, codes);
 }
 
 static void pack_tile(const void *argument, int part, int thread)
@@ -78,17 +91,17 @@ static void pack_tile(const void *argument, int part, int thread)
     const int64_t first_row = first_row_of_tile(matrix, part);
     const int64_t code_bytes = num_blocks * nybble_code_bytes(matrix->kind);
     const int64_t scale_bytes = num_blocks * nybble_scale_bytes(matrix->kind);
-    const int64_t num_words = code_bytes / NYBBLE_LINE_BYTES;
+    const int64_t num_lines = code_bytes / NYBBLE_LINE_BYTES;
     (void)thread;
-    for (int64_t first = 0; first < num_words; first += WORDS_AT_ONCE)
+    for (int64_t first = 0; first < num_lines; first += LINES_AT_ONCE)
         for (int row = 0; row < ROWS; row++)
-            pack_words(a->source + (row < num_rows ? (first_row + row) * a->row_bytes : 0),
+            pack_lines(matrix->kind, a->source + (row < num_rows ? (first_row + row) * a->row_bytes : 0),
                        row < num_rows ? a->row_bytes : 0, first,
-                       first + WORDS_AT_ONCE < num_words ? first + WORDS_AT_ONCE : num_words, row,
+                       first + LINES_AT_ONCE < num_lines ? first + LINES_AT_ONCE : num_lines, row,
                        a->codes + part * code_bytes);
     for (int row = 0; scale_bytes && row < ROWS; row++)
         pack_bytes(a->source_scales + (row < num_rows ? (first_row + row) * a->num_row_scales : 0),
-                   row < num_rows ? a->num_row_scales : 0, scale_bytes / ROWS, row, a->scales + part * scale_bytes);
+                   row < num_rows ? a->num_row_scales : 0, 0, scale_bytes / ROWS, row, a->scales + part * scale_bytes);
 }
 
 int nybble_pack(nybble_pool *pool, const struct nybble_pack *arguments)

@@ -9,7 +9,7 @@ from poison import poisoned as poisoned
 from nybble.kernels.cpu.cpu_matrix import Kind, dequantize, prepare, prepare_float32
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.weight_memory import WeightMemory
-from nybble.kernels.quantized_tensor import MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor
+from nybble.kernels.quantized_tensor import MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor, stack
 
 SIZES = ((1, 32), (16, 64), (37, 96), (50, 160))
 
@@ -88,11 +88,28 @@ def test_int8_row_with_a_number_that_is_not_finite(number: float) -> None:
     assert back[[6, 8]].isfinite().all()
 
 
-def test_fp8_becomes_int8() -> None:
-    weight = random_fp8(70, 96)
+@pytest.mark.parametrize(("rows", "columns"), [*SIZES, (3, 1), (37, 33), (18, 2075)])
+def test_fp8_is_what_it_was(rows: int, columns: int) -> None:
+    weight = random_fp8(rows, columns)
     matrix = prepare(weight)
-    assert matrix.kind is Kind.INT8
-    assert_close(dequantize(matrix), weight.dequantize(), max_error=0.03, rms_error=0.006)
+    assert matrix.kind is Kind.FP8
+    assert torch.equal(dequantize(matrix), weight.dequantize())
+
+
+def test_stack_of_fp8() -> None:
+    weight = stack([random_fp8(20, 50, seed) for seed in range(3)])
+    matrix = prepare(weight)
+    assert (matrix.shape, matrix.num_matrices) == ((3, 20, 50), 3)
+    assert torch.equal(dequantize(matrix), weight.dequantize())
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_row_of_fp8_with_a_code_nan_is_nan(code: int) -> None:
+    weight = random_fp8(20, 64)
+    weight.codes.view(torch.uint8)[7, 40] = code
+    back = dequantize(prepare(weight))
+    assert back[7].isnan().all()
+    assert back[[6, 8]].isfinite().all()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [*SIZES, (3, 1)])
@@ -118,7 +135,7 @@ def test_small_scales_beside_a_large_one() -> None:
 
 
 def test_threads_of_a_pool_do_the_same(pool: Pool) -> None:
-    for weight in (random_stack(NVFP4, 3, 70, 48), random_float(70, 50)):
+    for weight in (random_stack(NVFP4, 3, 70, 48), random_fp8(70, 50), random_float(70, 50)):
         alone, together = prepare(weight), prepare(weight, pool=pool, memory=WeightMemory())
         assert torch.equal(alone.codes, together.codes)
         assert torch.equal(alone.scales, together.scales)
@@ -133,12 +150,14 @@ def test_bytes_of_a_weight() -> None:
         for name, matrix in (
             ("nvfp4", prepare(random_fp4(NVFP4, rows, columns))),
             ("mxfp4", prepare(random_fp4(MXFP4, rows, columns))),
+            ("fp8", prepare(random_fp8(rows, columns))),
             ("int8", prepare(random_float(rows, columns))),
             ("bf16", prepare(random_float(rows, columns), "bf16")),
         )
     }
     row = 32 / columns
-    assert bits == {"nvfp4": 4.5 + row, "mxfp4": 4.25 + row, "int8": 8.5 + row, "bf16": 16}
+    expected = {"nvfp4": 4.5 + row, "mxfp4": 4.25 + row, "fp8": 8 + row, "int8": 8.5 + row, "bf16": 16}
+    assert bits == expected
 
 
 def test_what_is_refused() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from closeness import assert_close
-from cpu_weights import FP4_FORMATS, generator_of, random_float, random_fp4, random_stack
+from cpu_weights import FP4_FORMATS, generator_of, random_float, random_fp4, random_fp8, random_stack
 from guarded_memory import guarded as guarded
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from nybble.kernels.cpu.cpu_router import prepare_router
 from nybble.kernels.cpu.feed_forward import FeedForward
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.ops import DenseWeights, MlpWeights, MoeWeights, RmsNorm, RouterWeights
-from nybble.kernels.quantized_tensor import NVFP4, Format, QuantizedTensor
+from nybble.kernels.quantized_tensor import NVFP4, Format, QuantizedTensor, stack
 from nybble.kernels.reference_ops import ReferenceOps
 
 REFERENCE = ReferenceOps(torch.float32)
@@ -137,11 +137,20 @@ def test_neurons_that_share_tiles(pool: Pool) -> None:
     assert_close(out, expected, **FLOATS)
 
 
-def test_experts_of_floats_beside_a_shared_expert_of_int8(pool: Pool) -> None:
+def experts_of_floats(kind: str) -> MlpWeights[CpuMatrix]:
+    if kind == "bf16":
+        return MlpWeights(
+            prepare(normal(12, 2 * 48, 80) / 9, "bf16"), prepare(normal(12, 80, 48) / 7, "bf16")
+        )
+    gate_up, down = ([random_fp8(*size, seed) for seed in range(12)] for size in ((2 * 48, 80), (80, 48)))
+    return MlpWeights(prepare(stack(gate_up)), prepare(stack(down)))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_experts_of_floats_beside_a_shared_expert_of_int8(pool: Pool, kind: str) -> None:
     """Only int8 rounds; routing and the order of sums are seen to 1e-5."""
     shape = Shape(num_experts=12, top_k=4)
-    gate_up, down = normal(12, 2 * 48, 80) / 9, normal(12, 80, 48) / 7
-    weights = replace(sparse(shape), experts=MlpWeights(prepare(gate_up, "bf16"), prepare(down, "bf16")))
+    weights = replace(sparse(shape), experts=experts_of_floats(kind))
     check(pool, normal(21, 80), None, weights)
     silent = MlpWeights(prepare(torch.zeros(2 * 96, 80)), prepare(torch.zeros(80, 96)))
     weights = replace(weights, shared_expert=silent)

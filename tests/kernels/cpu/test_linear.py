@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_close
-from cpu_weights import as_int8, every_kind, generator_of, random_float, random_fp4
+from cpu_weights import as_int8, every_kind, generator_of, random_float, random_fp4, random_fp8
 from guarded_memory import guarded as guarded
 
-from nybble.kernels.cpu.cpu_matrix import Kind, dequantize, prepare
+from nybble.kernels.cpu.cpu_matrix import dequantize, prepare
 from nybble.kernels.cpu.linear import linear
 from nybble.kernels.cpu.pool import Pool
-from nybble.kernels.quantized_tensor import NVFP4
+from nybble.kernels.quantized_tensor import FP8, NVFP4, QuantizedTensor
 
 SIZES = ((1, 16), (16, 32), (17, 48), (37, 33), (96, 576), (130, 1040))
 NUM_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 31)
@@ -26,7 +26,7 @@ def test_equals_float64(pool: Pool, rows: int, columns: int, guarded: None) -> N
         weights = dequantize(matrix).double()
         for num_tokens in NUM_TOKENS:
             x = normal(num_tokens, columns)
-            taken = x.double() if matrix.kind is Kind.BFLOAT16 else as_int8(x)
+            taken = x.double() if matrix.takes_floats else as_int8(x)
             exact, scale = taken @ weights.T, taken.abs() @ weights.abs().T
             error = (linear(pool, x, matrix).double() - exact).abs()
             assert (error <= 2e-6 * scale).all(), (name, num_tokens)
@@ -36,7 +36,7 @@ def test_close_to_the_product_with_activations_as_they_are(pool: Pool) -> None:
     x = normal(16, 1536)
     for matrix in every_kind(192, 1536).values():
         expected = x.double() @ dequantize(matrix).double().T
-        bound = 1e-5 if matrix.kind is Kind.BFLOAT16 else 8e-3
+        bound = 1e-5 if matrix.takes_floats else 8e-3
         assert_close(linear(pool, x, matrix), expected, max_error=6 * bound, rms_error=bound)
 
 
@@ -44,6 +44,41 @@ def test_int8_weights_close_to_those_they_were_made_of(pool: Pool) -> None:
     x, weight = normal(16, 1536), random_float(192, 1536)
     expected = x.double() @ weight.double().T
     assert_close(linear(pool, x, prepare(weight)), expected, max_error=0.04, rms_error=8e-3)
+
+
+def every_fp8_code(columns: int) -> QuantizedTensor:
+    """[254, columns]: each finite code in every column."""
+    codes = torch.tensor([code for code in range(256) if code & 0x7F < 0x7F], dtype=torch.uint8)
+    shifted = torch.stack([codes.roll(7 * column) for column in range(columns)], dim=1)
+    row_scales = 0.1 + torch.rand(len(codes), generator=generator_of(columns))
+    return QuantizedTensor(shifted.view(torch.float8_e4m3fn), None, row_scales, FP8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 70])
+def test_every_fp8_code_has_its_value(pool: Pool, num_tokens: int) -> None:
+    """One column at a time: scaled once, nothing else rounds."""
+    weight = every_fp8_code(70)
+    matrix, expected = prepare(weight), weight.dequantize().T
+    for rows in torch.eye(70).split(num_tokens):
+        assert torch.equal(linear(pool, rows, matrix), rows @ expected)
+
+
+def test_fp8_equals_float64(pool: Pool) -> None:
+    weight, x = every_fp8_code(1041), normal(9, 1041)
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert_close(linear(pool, x, prepare(weight)), expected, max_error=1e-5, rms_error=1e-6)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_fp8_code_nan(pool: Pool, code: int) -> None:
+    """NaN, even times zero, in its row only."""
+    weight = random_fp8(37, 50)
+    expected = linear(pool, torch.zeros(3, 50), prepare(weight))
+    weight.codes.view(torch.uint8)[20, 49] = code
+    result = linear(pool, torch.zeros(3, 50), prepare(weight))
+    assert result[:, 20].isnan().all()
+    expected[:, 20] = torch.nan
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_row_does_not_depend_on_others_or_on_threads(pool: Pool) -> None:
