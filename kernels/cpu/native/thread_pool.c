@@ -1,12 +1,14 @@
 /* Threads that run the parts of parallel regions.
 
-   A region is open while `unclaimed` is above zero: whoever takes it from n to n - 1 has claimed part
-   num_parts - n, and only then reads what the region is about. That cannot change before the part is finished,
-   since nybble_parallel waits for `unfinished` to become zero. So a thread that comes late, or was interrupted
-   between two regions, needs no care: it claims a part of the region that is open now, or none.
+   Each thread has a share of the parts: neighbours, so that what it reads is one stretch of memory, and what it
+   fetches ahead is its own. It claims them from the front; who has none left claims from the back of the others'
+   shares. A claim is the exchange of a share for a smaller one, and only then is read what the region is about.
+   That cannot change before the part is finished, since nybble_parallel waits for `unfinished` to become zero. So a
+   thread that comes late, or was interrupted between two regions, needs no care: it claims a part of the region
+   that is open now, or none.
 
    A thread without work spins for SPIN_NANOSECONDS, which outlasts the gap between two operations of a step, and
-   then sleeps until it is woken. */
+   then sleeps until it is woken by the next region, whose number is news to it. */
 
 #define _GNU_SOURCE /* CPU_SET, sched_getcpu */
 
@@ -29,15 +31,18 @@ struct worker {
     int core;  /* that it is bound to, or -1 */
 };
 
+/* Parts from `first` in the low half to before `end` in the high half, on a line of its own. */
+struct share {
+    _Alignas(CACHE_LINE) _Atomic uint64_t parts;
+};
+
 struct nybble_pool {
-    /* Written for every part, so on lines of their own. */
-    _Alignas(CACHE_LINE) atomic_int unclaimed;
-    _Alignas(CACHE_LINE) atomic_int unfinished;
+    _Alignas(CACHE_LINE) atomic_uint num_regions; /* so far: what threads without work look at */
+    _Alignas(CACHE_LINE) atomic_int unfinished;   /* parts */
 
     /* The region. */
     _Alignas(CACHE_LINE) nybble_task *task;
     const void *argument;
-    int num_parts;
 
     pthread_mutex_t operation; /* held from nybble_begin to nybble_end */
     pthread_mutex_t sleep;
@@ -52,6 +57,7 @@ struct nybble_pool {
     int num_threads;
     int num_started; /* of workers */
     struct worker *workers;
+    struct share *shares; /* of each thread */
 };
 
 static void relax(void)
@@ -72,39 +78,58 @@ static int64_t nanoseconds(void)
 
 /* ---- Parts ---- */
 
-/* The next part, or -1. */
-static int claim(nybble_pool *pool)
+static uint64_t share_of(uint32_t first, uint32_t end) { return (uint64_t)end << 32 | first; }
+
+/* The first part of a share, or its last one; -1 if it has none. */
+static int claim(struct share *share, bool is_own)
 {
-    int unclaimed = atomic_load_explicit(&pool->unclaimed, memory_order_relaxed);
-    while (unclaimed > 0)
-        if (atomic_compare_exchange_weak_explicit(&pool->unclaimed, &unclaimed, unclaimed - 1, memory_order_acquire,
+    uint64_t parts = atomic_load_explicit(&share->parts, memory_order_relaxed);
+    for (;;) {
+        const uint32_t first = (uint32_t)parts, end = (uint32_t)(parts >> 32);
+        if (first >= end)
+            return -1;
+        const uint64_t rest = is_own ? share_of(first + 1, end) : share_of(first, end - 1);
+        if (atomic_compare_exchange_weak_explicit(&share->parts, &parts, rest, memory_order_acquire,
                                                   memory_order_relaxed))
-            return pool->num_parts - unclaimed;
-    return -1;
+            return (int)(is_own ? first : end - 1);
+    }
+}
+
+/* Returns how many parts there were. */
+static int run_share(nybble_pool *pool, int of, int thread)
+{
+    int count = 0;
+    for (int part = claim(&pool->shares[of], of == thread); part >= 0; count++) {
+        pool->task(pool->argument, part, thread);
+        part = claim(&pool->shares[of], of == thread);
+    }
+    return count;
 }
 
 static void run_parts(nybble_pool *pool, int thread)
 {
-    for (int part = claim(pool); part >= 0; part = claim(pool)) {
-        pool->task(pool->argument, part, thread);
-        atomic_fetch_sub_explicit(&pool->unfinished, 1, memory_order_release);
-    }
+    int count = run_share(pool, thread, thread);
+    for (int i = 1; i < pool->num_threads; i++)
+        count += run_share(pool, (thread + i) % pool->num_threads, thread);
+    if (count)
+        atomic_fetch_sub_explicit(&pool->unfinished, count, memory_order_release);
 }
 
 /* ---- Threads of the pool ---- */
 
-static bool has_news(nybble_pool *pool)
+/* seen: regions that the thread knows of. */
+static bool has_news(nybble_pool *pool, unsigned seen)
 {
-    return atomic_load(&pool->unclaimed) > 0 || atomic_load(&pool->is_stopping);
+    return atomic_load(&pool->num_regions) != seen || atomic_load(&pool->is_stopping);
 }
 
 /* Did news come while spinning? */
-static bool spin(nybble_pool *pool)
+static bool spin(nybble_pool *pool, unsigned seen)
 {
     const int64_t end = nanoseconds() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < SPINS_BETWEEN_CLOCK_READINGS; i++) {
-            if (has_news(pool))
+            if (has_news(pool, seen))
                 return true;
             relax();
         }
@@ -112,13 +137,13 @@ static bool spin(nybble_pool *pool)
     return false;
 }
 
-/* Either the sleeper sees the parts, or who offers them sees the sleeper: both write first and then read, in the
-   one order that sequentially consistent operations have. */
-static void sleep_until_news(nybble_pool *pool)
+/* Either the sleeper sees the region, or who opens it sees the sleeper: both write first and then read, in the one
+   order that sequentially consistent operations have. */
+static void sleep_until_news(nybble_pool *pool, unsigned seen)
 {
     pthread_mutex_lock(&pool->sleep);
     atomic_fetch_add(&pool->num_asleep, 1);
-    while (!has_news(pool))
+    while (!has_news(pool, seen))
         pthread_cond_wait(&pool->woken, &pool->sleep);
     atomic_fetch_sub(&pool->num_asleep, 1);
     pthread_mutex_unlock(&pool->sleep);
@@ -138,9 +163,10 @@ static void *work(void *argument)
     struct worker *worker = argument;
     nybble_pool *pool = worker->pool;
     while (!atomic_load(&pool->is_stopping)) {
+        const unsigned seen = atomic_load(&pool->num_regions);
         run_parts(pool, worker->index);
-        if (!spin(pool))
-            sleep_until_news(pool);
+        if (!spin(pool, seen))
+            sleep_until_news(pool, seen);
     }
     return NULL;
 }
@@ -228,6 +254,7 @@ static void release(nybble_pool *pool)
     pthread_mutex_destroy(&pool->operation);
     free(pool->scratch);
     free(pool->workers);
+    free(pool->shares);
     free(pool);
 }
 
@@ -237,9 +264,11 @@ nybble_pool *nybble_pool_create(int num_threads, int level, const int *cores)
         return NULL;
     nybble_pool *pool = aligned_alloc(CACHE_LINE, sizeof *pool);
     struct worker *workers = calloc((size_t)num_threads, sizeof *workers);
-    if (!pool || !workers) {
+    struct share *shares = aligned_alloc(CACHE_LINE, (size_t)num_threads * sizeof *shares);
+    if (!pool || !workers || !shares) {
         free(pool);
         free(workers);
+        free(shares);
         return NULL;
     }
     *pool = (nybble_pool){
@@ -247,7 +276,10 @@ nybble_pool *nybble_pool_create(int num_threads, int level, const int *cores)
         .process = getpid(),
         .num_threads = num_threads,
         .workers = workers,
+        .shares = shares,
     };
+    for (int i = 0; i < num_threads; i++)
+        atomic_init(&shares[i].parts, 0);
     pthread_mutex_init(&pool->operation, NULL);
     pthread_mutex_init(&pool->sleep, NULL);
     pthread_cond_init(&pool->woken, NULL);
@@ -328,9 +360,13 @@ void nybble_parallel(nybble_pool *pool, nybble_task *task, const void *argument,
         return;
     pool->task = task;
     pool->argument = argument;
-    pool->num_parts = num_parts;
     atomic_store_explicit(&pool->unfinished, num_parts, memory_order_relaxed);
-    atomic_store(&pool->unclaimed, num_parts);
+    for (int i = 0; i < pool->num_threads; i++) {
+        const int64_t first = nybble_part_start(num_parts, i, pool->num_threads);
+        const int64_t end = nybble_part_start(num_parts, i + 1, pool->num_threads);
+        atomic_store_explicit(&pool->shares[i].parts, share_of((uint32_t)first, (uint32_t)end), memory_order_release);
+    }
+    atomic_fetch_add(&pool->num_regions, 1);
     wake_sleepers(pool);
     run_parts(pool, 0);
     wait_for_parts(pool);
