@@ -102,12 +102,11 @@ def make_ops(config: EngineConfig, hardware: Hardware) -> Ops[Any]:
     Raises OSError if its threads cannot be had.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
-    arithmetic = InvariantArithmetic() if config.deterministic else PLAIN
     if config.backend == "cpu":
         pool = Pool(config.cpu_threads or hardware.num_cores, cores=hardware.cores)
-        return CpuOps(pool, arithmetic=arithmetic)
+        return CpuOps(pool)
     if config.backend != "triton":
-        return ReferenceOps(dtype, arithmetic)
+        return ReferenceOps(dtype, InvariantArithmetic() if config.deterministic else PLAIN)
     # Here, since Triton is not for every platform, and takes a second to import.
     from nybble.kernels.triton.launch_policy import ADAPTIVE, invariant_policy
     from nybble.kernels.triton.triton_ops import TritonOps

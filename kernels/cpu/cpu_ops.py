@@ -4,8 +4,7 @@ Activations are float32. FP4 and FP8 weights stay what they are; of matrices tha
 cpu_matrix.py says what becomes. What a token gives depends on nothing but itself, its context and the
 weights: not on the rest of the step, on how its prompt is divided, or on the number of threads.
 
-`ReferenceOps` does what is left: adjustments and log-probabilities of logits, and picks from rows that top_k,
-top_p or min_p filter.
+`ReferenceOps` does what is left: adjustments and log-probabilities of logits.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nybble.kernels.arithmetic import PLAIN, Arithmetic
 from nybble.kernels.cpu import kv_cache_layout
 from nybble.kernels.cpu.add import add
 from nybble.kernels.cpu.add_rms_norm import add_rms_norm
@@ -28,7 +26,7 @@ from nybble.kernels.cpu.linear import linear
 from nybble.kernels.cpu.paged_attention import paged_attention
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.rows import embed, rotary_angles
-from nybble.kernels.cpu.sampling import is_unfiltered, sample_unfiltered
+from nybble.kernels.cpu.sampling import sample
 from nybble.kernels.cpu.weight_memory import WeightMemory
 from nybble.kernels.logit_adjustments import LogitAdjustments
 from nybble.kernels.ops import (
@@ -53,13 +51,13 @@ R = TypeVar("R")
 class CpuOps:
     """`Ops` whose weights are `CpuMatrix`. See `Ops` for every argument's shape."""
 
-    def __init__(self, pool: Pool, float_form: FloatForm = "int8", arithmetic: Arithmetic = PLAIN) -> None:
-        """float_form: of matrices that come as floats; arithmetic: of what the reference does."""
+    def __init__(self, pool: Pool, float_form: FloatForm = "int8") -> None:
+        """float_form: of matrices that come as floats."""
         self._pool = pool
         self._memory = WeightMemory()
         self._float_form: FloatForm = float_form
         self._feed_forward = FeedForward(pool)
-        self._reference = ReferenceOps(torch.float32, arithmetic)
+        self._reference = ReferenceOps(torch.float32)
 
     def record(self, run: Callable[[], R]) -> Callable[[], R]:
         """Run a function of these operations, and return one that repeats them on the same addresses.
@@ -147,19 +145,4 @@ class CpuOps:
         return self._reference.token_logprobs(logits, token_ids, num_token_ids, num_top)
 
     def sample(self, logits: Tensor, batch: SamplingBatch, num_token_ids: int) -> Tensor:
-        picks = sample_unfiltered(self._pool, logits, batch.temperatures, batch.draws, num_token_ids)
-        is_filtered = ~is_unfiltered(batch) & (batch.temperatures != 0)
-        if is_filtered.any():
-            rows = is_filtered.nonzero().squeeze(1)
-            picks[rows] = self._reference.sample(logits[rows], _rows_of(batch, rows), num_token_ids)
-        return picks
-
-
-def _rows_of(batch: SamplingBatch, rows: Tensor) -> SamplingBatch:
-    return SamplingBatch(
-        temperatures=batch.temperatures[rows],
-        top_ks=batch.top_ks[rows],
-        top_ps=batch.top_ps[rows],
-        min_ps=batch.min_ps[rows],
-        draws=batch.draws[rows],
-    )
+        return sample(self._pool, logits, batch, num_token_ids)

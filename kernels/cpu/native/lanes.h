@@ -80,6 +80,22 @@ INLINE lanes choose(int_lanes where, lanes yes, lanes no)
 
 INLINE lanes larger(lanes a, lanes b) { return choose(a > b, a, b); }
 
+/* Bit i: is lane i, of which every bit is set or none, set? */
+INLINE uint32_t mask_of_lanes(int_lanes x)
+{
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (uint32_t)_mm_movemask_ps((__m128)x);
+#else
+    uint32_t mask = 0;
+    for (int lane = 0; lane < LANES; lane++) mask |= (uint32_t)(x[lane] & 1) << lane;
+    return mask;
+#endif
+}
+
 INLINE float sum_of_lanes(lanes x)
 {
     float parts[LANES];

@@ -14,6 +14,9 @@
                                       int num_queries, int64_t width);                                                \
     struct nybble_pick nybble_largest_##level(const float *x, int64_t first, int64_t end);                            \
     struct nybble_pick nybble_draw_largest_##level(const struct nybble_draw *draw, struct nybble_pick best);          \
+    void nybble_tally_keys_##level(const struct nybble_draw *draw, const struct nybble_key_range *range,              \
+                                   struct nybble_tallies *tallies);                                                   \
+    int64_t nybble_find_key_##level(const struct nybble_draw *draw, int32_t key, uint64_t count);                     \
     void nybble_write_activations_##level(int64_t kind, const float *x, int64_t columns, void *activations);          \
     void nybble_multiply_##level(const struct nybble_multiplication *multiplication);                                 \
     void nybble_silu_multiply_##level(const float *gate, const float *up, int64_t n, float *out);                     \

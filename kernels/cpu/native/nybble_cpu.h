@@ -27,6 +27,8 @@ enum nybble_status { NYBBLE_OK, NYBBLE_NO_MEMORY, NYBBLE_OTHER_PROCESS };
 struct nybble_attention_span;
 struct nybble_softmax;
 struct nybble_draw;
+struct nybble_key_range;
+struct nybble_tallies;
 
 /* A column of a row of logits, and its value. */
 struct nybble_pick {
@@ -52,8 +54,15 @@ struct nybble_kernels {
     /* The first of the largest of the columns first to end of x (sampling.h). */
     struct nybble_pick (*largest)(const float *x, int64_t first, int64_t end);
 
-    /* The largest of the columns of a draw after noise, or `best`, if it is that. */
+    /* The largest of the kept columns of a draw after noise, or `best`, if it is that. */
     struct nybble_pick (*draw_largest)(const struct nybble_draw *draw, struct nybble_pick best);
+
+    /* token_filter.h: how many columns of a draw there are in each interval of a range of keys, and what they weigh. */
+    void (*tally_keys)(const struct nybble_draw *draw, const struct nybble_key_range *range,
+                       struct nybble_tallies *tallies);
+
+    /* The column of a draw that is the count-th to have a key. */
+    int64_t (*find_key)(const struct nybble_draw *draw, int32_t key, uint64_t count);
 
     /* matrix.h: x [columns] as activations of a kind of matrix, the last block padded with zeros. */
     void (*write_activations)(int64_t kind, const float *x, int64_t columns, void *activations);

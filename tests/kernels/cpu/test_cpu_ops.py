@@ -12,7 +12,6 @@ from sampling_rows import normal, request_batch
 from nybble.kernels.cpu.cpu_matrix import CpuMatrix, dequantize
 from nybble.kernels.cpu.cpu_ops import CpuOps
 from nybble.kernels.cpu.pool import Pool
-from nybble.kernels.invariant_arithmetic import InvariantArithmetic
 from nybble.kernels.logit_adjustments import LogitAdjustments, LogitBias
 from nybble.kernels.ops import AttentionShape, AttentionWeights, Embedding, RmsNorm
 from nybble.kernels.reference_ops import ReferenceOps
@@ -70,7 +69,6 @@ def test_rows_with_filters_and_without(pool: Pool) -> None:
     )
     expected = REFERENCE.sample(logits, batch, 900)
     assert torch.equal(CpuOps(pool).sample(logits, batch, 900), expected)
-    assert torch.equal(CpuOps(pool, arithmetic=InvariantArithmetic()).sample(logits, batch, 900), expected)
 
 
 def test_adjustments_and_logprobs_are_the_references(pool: Pool) -> None:

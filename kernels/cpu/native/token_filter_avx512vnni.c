@@ -1,0 +1,2 @@
+#define NYBBLE_LEVEL(name) name##_avx512vnni
+#include "token_filter.inc"

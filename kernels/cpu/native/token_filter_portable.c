@@ -1,0 +1,2 @@
+#define NYBBLE_LEVEL(name) name##_portable
+#include "token_filter.inc"
