@@ -108,18 +108,24 @@ def level_flags(stem: str) -> tuple[str, ...]:
     return next((flags for end, flags in _LEVEL_FLAGS.items() if stem.endswith(end)), ())
 
 
-def compiled_files() -> list[Path]:
-    """What this architecture compiles: other ones have no levels but the portable."""
+def compiled_files(machine: str | None = None) -> list[Path]:
+    """For an architecture, by default this one. All but x86-64 have only the portable level."""
     files = [path for path in source_files() if path.suffix == ".c"]
-    if platform.machine().lower() in _X86:
+    if (machine or platform.machine()).lower() in _X86:
         return files
     return [path for path in files if not level_flags(path.stem)]
 
 
 def build(
-    library: Path, objects: Path, extra_flags: Sequence[str] = (), extra_files: Sequence[Path] = ()
+    library: Path,
+    objects: Path,
+    extra_flags: Sequence[str] = (),
+    extra_files: Sequence[Path] = (),
+    machine: str | None = None,
 ) -> None:
     """Write the shared library; `objects` keeps what was compiled, for the next time.
+
+    machine: what the compiler compiles for, if that is not this one.
 
     Raises:
         NativeBuildError: there is no compiler, or it failed.
@@ -128,7 +134,7 @@ def build(
         raise NativeBuildError(f"it is for Linux and macOS, and this is {sys.platform}")
     compiler = find_compiler()
     objects.mkdir(parents=True, exist_ok=True)
-    files = [*compiled_files(), *extra_files]
+    files = [*compiled_files(machine), *extra_files]
     with ThreadPoolExecutor(2) as threads:
         parts = list(threads.map(lambda path: _compile(compiler, path, objects, extra_flags), files))
     for old in set(objects.glob("*.o")) - set(parts):
@@ -176,10 +182,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=LIBRARY, help="default: within the source tree")
     parser.add_argument("--flag", action="append", default=[], help="one more for compiler and linker")
     parser.add_argument("--file", action="append", default=[], type=Path, help="one more C file")
+    parser.add_argument("--machine", help="that CC compiles for; default: this one")
     arguments = parser.parse_args()
     objects = ROOT / "build" / "native" / arguments.output.stem
     try:
-        build(arguments.output, objects, arguments.flag, arguments.file)
+        build(arguments.output, objects, arguments.flag, arguments.file, arguments.machine)
     except NativeBuildError as error:
         sys.exit(f"native_build: {error}")
 

@@ -52,6 +52,8 @@ def test_zig_is_told_to_compile_for_any_processor(monkeypatch: pytest.MonkeyPatc
 def test_other_architectures_compile_the_portable_level_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     names = {path.stem for path in native_build.compiled_files()}
+    assert native_build.compiled_files("x86_64") == native_build.compiled_files("AMD64")
+    assert len(native_build.compiled_files("x86_64")) > len(names)
     assert "level_portable" in names and "thread_pool" in names
     assert not [name for name in names if native_build.level_flags(name)]
 

@@ -4,9 +4,21 @@
 #define NYBBLE_LEVEL(name) name##_portable
 #include "matmul.h"
 
+#include <math.h>
+
 enum { MAX_TOKENS = 8, ROWS = NYBBLE_TILE_ROWS, COLUMNS = NYBBLE_BLOCK_COLUMNS };
 
 typedef float block_weights[COLUMNS][ROWS];
+
+/* a * b + c, rounded once where that is one instruction: on ARM. */
+static inline float multiply_add(float a, float b, float c)
+{
+#ifdef __FP_FAST_FMAF
+    return fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 
 /* Byte `byte` of each row's word of a line, as it lies in memory. */
 static void read_bytes(const uint8_t *line, int byte, int32_t *bytes)
@@ -90,10 +102,10 @@ static void add_dots(const block_weights weights, const struct nybble_activation
     for (int i = first; i < end; i++) {
         const float value = x->values[i];
         for (int row = 0; row < ROWS; row++)
-            dots[row] += weights[i][row] * value;
+            dots[row] = multiply_add(weights[i][row], value, dots[row]);
     }
     for (int row = 0; row < ROWS; row++)
-        sums[row] += dots[row] * (scales[row] * x->scale);
+        sums[row] = multiply_add(dots[row], scales[row] * x->scale, sums[row]);
 }
 
 static void clear(float (*values)[ROWS], int num_tokens) { memset(values, 0, (size_t)num_tokens * sizeof *values); }
@@ -155,7 +167,7 @@ static void add_columns(const block_weights weights, const float *x, float *sums
 {
     for (int i = 0; i < COLUMNS; i++)
         for (int row = 0; row < ROWS; row++)
-            sums[row] += weights[i][row] * x[i];
+            sums[row] = multiply_add(weights[i][row], x[i], sums[row]);
 }
 
 static void fp8_tile(ARGUMENTS)
