@@ -25,17 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from demo_engine import DemoEngine
+from demo_server import DemoServer, demo_server
 from llama_cpp import VERSION, LlamaCpp, build
 
 from nybble.engine.engine_config import EngineConfig
 from nybble.engine.machine import describe_machine
 
 NUM_DECODED, NUM_PROMPT = 128, 512
+NUM_REQUESTS = 20
 METHOD = (
     "Runs of both take turns; tokens a second. Ratio: ours over theirs of a turn, median of the turns. "
     f"decode: {NUM_DECODED} tokens of one chat; prefill: a prompt of {NUM_PROMPT} tokens; decode_8: "
     f"{NUM_DECODED // 4} tokens of each of 8 chats, all tokens together; first_token: milliseconds from a "
-    "short chat's request to its first token, within the engine."
+    "short chat's request to its first token, within the engine; first_token_http: the same at an HTTP "
+    f"client of `nybble serve` on this machine, of {NUM_REQUESTS} requests the median."
 )
 Measure = Callable[[], float]
 
@@ -51,7 +54,9 @@ def main() -> None:
     peer = build(options.peer)
     config = EngineConfig(checkpoint=options.checkpoint, backend="cpu", cpu_threads=options.threads)
     demo = DemoEngine(config)
-    runs = take_turns(measures(demo, peer, options.threads), options.repeat)
+    serving = demo_server(options.checkpoint, "--backend", "cpu", "--cpu-threads", str(options.threads))
+    with serving as server:
+        runs = take_turns(measures(demo, server, peer, options.threads), options.repeat)
     report = {
         "schema": "nybble-cpu-peer/1",
         "machine": describe_machine(),
@@ -66,7 +71,7 @@ def main() -> None:
     print_summary(report["summary"])
 
 
-def measures(demo: DemoEngine, peer: LlamaCpp, threads: int) -> dict[str, Measure]:
+def measures(demo: DemoEngine, server: DemoServer, peer: LlamaCpp, threads: int) -> dict[str, Measure]:
     return {
         "decode": lambda: demo.decode(1, NUM_DECODED, length=1).rate,
         "decode_peer": lambda: peer.rate(0, NUM_DECODED, threads),
@@ -74,6 +79,7 @@ def measures(demo: DemoEngine, peer: LlamaCpp, threads: int) -> dict[str, Measur
         "prefill_peer": lambda: peer.rate(NUM_PROMPT, 0, threads),
         "decode_8": lambda: demo.decode(8, NUM_DECODED // 4, length=1).rate,
         "first_token": lambda: demo.first_token_seconds() * 1000,
+        "first_token_http": lambda: server.first_token_seconds(NUM_REQUESTS) * 1000,
     }
 
 
