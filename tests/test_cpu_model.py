@@ -15,9 +15,11 @@ from running import random_prompt
 from tiny_glm import VARIANTS, make_checkpoint
 from transformers import Glm4MoeForCausalLM
 
+from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
 from nybble.kernels.cpu.cpu_matrix import FloatForm
 from nybble.kernels.cpu.cpu_ops import CpuOps
 from nybble.kernels.cpu.pool import Pool
+from nybble.kernels.reference_ops import ReferenceOps
 
 Variant = tuple[Path, Glm4MoeForCausalLM]
 
@@ -50,6 +52,17 @@ def test_logits_equal_transformers(variant: Variant, pool: Pool) -> None:
     prompt = list(random_prompt(77, seed=2))
     expected = oracle(torch.tensor([prompt])).logits[0]
     actual = load(directory, pool, "bf16")([prompt])
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_logits_with_fp8_matrices_equal_the_reference(variant: Variant, pool: Pool) -> None:
+    prompt = list(random_prompt(77, seed=4))
+    dtypes = WeightDtypes(attention_dtype="fp8", dense_mlp_dtype="fp8", shared_expert_dtype="fp8")
+    expected, actual = (
+        chunked_logits(variant[0], ops, torch.float32, torch.float32, dtypes)([prompt])
+        for ops in (ReferenceOps(torch.float32), CpuOps(pool, "bf16"))
+    )
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 

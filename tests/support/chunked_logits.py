@@ -10,6 +10,7 @@ import torch
 
 from nybble.engine.checkpoint.checkpoint import Checkpoint
 from nybble.engine.checkpoint.model_config import ModelConfig
+from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
 from nybble.engine.messages import SamplingParams
 from nybble.engine.model.kv_cache import CacheGeometry, allocate_kv_cache
 from nybble.engine.model.model import Glm4Moe
@@ -25,11 +26,15 @@ ChunkedLogits = Callable[[list[list[int]]], torch.Tensor]
 
 
 def chunked_logits(
-    directory: Path, ops: Ops[Any], dtype: torch.dtype, kv_dtype: torch.dtype
+    directory: Path,
+    ops: Ops[Any],
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    weight_dtypes: WeightDtypes | None = None,
 ) -> ChunkedLogits:
     """A function from chunks of one sequence to the logits of all its tokens, run chunk by chunk."""
     config = ModelConfig.from_directory(directory)
-    weights = load_weights(Checkpoint.open(directory), config, ops, _CPU, dtype)
+    weights = load_weights(Checkpoint.open(directory), config, ops, _CPU, dtype, weight_dtypes=weight_dtypes)
     model = Glm4Moe(config, weights, ops, _CPU)
     geometry = CacheGeometry.of(config, Placement(), kv_dtype, _BLOCK_SIZE, _NUM_BLOCKS)
 

@@ -6,6 +6,7 @@ stay on this machine: of each call they send the memory that its arguments point
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import struct
@@ -25,8 +26,9 @@ from nybble.kernels.cpu.native_library import NativeLibrary, Operation
 _FOLDER = native_build.ROOT / "build" / "native" / "arm"
 _COMMAND = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", str(_FOLDER / "emulated_calls"))
 _LINE = 64
-_SMALL = 1 << 20  # bytes of memory that is sent whole, so that what is written beside a tensor is seen
-_LARGE = 1 << 24  # of a tensor; memory that many weights share is larger
+# Bytes of memory that is sent whole, so that what is written beside a tensor is seen. Of larger memory, which
+# may be what many weights share, only the tensor is.
+_SMALL = 1 << 20
 
 
 def pytest_configure() -> None:
@@ -50,6 +52,7 @@ class EmulatedLibrary(NativeLibrary):
         self._process = subprocess.Popen(
             (*_COMMAND, str(path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        atexit.register(self._process.communicate)  # an end of requests, which ends it
         self._digest = self._take(64).decode()
 
     def sources_digest(self) -> str:
@@ -126,7 +129,7 @@ def _live_memory() -> Iterator[_Area]:
             storage = value.untyped_storage()
             if storage.nbytes() <= _SMALL:
                 yield _Area(storage.data_ptr(), storage.nbytes(), value)
-            elif value.nbytes <= _LARGE and value.is_contiguous():
+            elif value.is_contiguous():
                 yield _Area(value.data_ptr(), value.nbytes, value)
         elif issubclass(type(value), ctypes.Structure):
             yield _Area(ctypes.addressof(value), ctypes.sizeof(value), value)
