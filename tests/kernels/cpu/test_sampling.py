@@ -103,13 +103,13 @@ def test_the_first_of_equals_is_picked(pool: Pool) -> None:
 
 def test_of_equals_the_first_are_kept(pool: Pool) -> None:
     """Column 35,000 leads, then come all others alike: those before the border can be picked, no other."""
-    logits = torch.zeros(300, 40_000)
+    logits = torch.zeros(100, 40_000)
     logits[:, 35_000] = 1.0
     for request_, border in (((1.0, 20_001, 1.0, 0.0), 20_000), ((1.0, 0, 0.75, 0.0), 30_000)):
-        batch = repeated([request_], 300)
+        batch = repeated([request_], 100)
         picks = _picks(pool, logits, batch)
         assert picks[:20] == reference_picks(logits[:20], _rows(batch, slice(20)))
-        assert border * 0.98 < max(set(picks) - {35_000}) < border
+        assert border * 0.95 < max(set(picks) - {35_000}) < border
 
 
 def test_half_of_equals_weighs_half(pool: Pool) -> None:
