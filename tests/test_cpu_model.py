@@ -1,6 +1,7 @@
-"""The model on the native CPU backend against transformers, over all that GLM-4.x checkpoints differ in.
+"""The model on the native CPU backend against transformers, over all that GLM-4.x checkpoints differ in; the
+demo model's perplexity against the reference backend's.
 
-Weights are numbers that bfloat16 has, so that the backend holds them exactly where it is told to.
+Random weights are numbers that bfloat16 has, so that the backend holds them exactly where it is told to.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from tiny_glm import VARIANTS, make_checkpoint
 from transformers import Glm4MoeForCausalLM
 
 from nybble.engine.checkpoint.weight_dtypes import WeightDtypes
+from nybble.engine.tokenizer import Tokenizer
 from nybble.kernels.cpu.cpu_matrix import FloatForm
 from nybble.kernels.cpu.cpu_ops import CpuOps
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.reference_ops import ReferenceOps
 
+LICENSE = Path(__file__).parent.parent / "LICENSE"
 Variant = tuple[Path, Glm4MoeForCausalLM]
 
 
@@ -74,3 +77,21 @@ def test_chunked_prefill_has_the_bits_of_the_whole(variant: Variant, pool: Pool)
     whole = logits([prompt])
     for sizes in ([1] * 77, [16, 16, 45], [15, 17, 1, 44]):
         assert torch.equal(logits(cut(prompt, sizes)), whole)
+
+
+def perplexity(logits: ChunkedLogits, token_ids: list[int]) -> float:
+    found = logits(cut(token_ids, [128] * (len(token_ids) // 128)))
+    return float(torch.nn.functional.cross_entropy(found[:-1].double(), torch.tensor(token_ids[1:])).exp())
+
+
+@torch.inference_mode()
+def test_the_demo_models_perplexity_is_the_references_within_a_hundredth(
+    demo_checkpoint: Path, pool: Pool
+) -> None:
+    """As the engine runs it by default: int8 for what is not FP4, and a bf16 cache."""
+    token_ids = Tokenizer(demo_checkpoint).encode(LICENSE.read_text())[:512]
+    exact = chunked_logits(demo_checkpoint, ReferenceOps(torch.float32), torch.float32, torch.float32)
+    expected = perplexity(exact, token_ids)
+    assert 5 < expected < 30
+    actual = perplexity(load(demo_checkpoint, pool, "int8", torch.bfloat16), token_ids)
+    assert actual == pytest.approx(expected, rel=0.01)

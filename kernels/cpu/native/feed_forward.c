@@ -120,7 +120,7 @@ static void norm_row(const void *argument, int part, int thread)
     work->kernels->add_rms_norm(hidden, a->update ? a->update + part * work->columns : NULL, work->layer->norm_weight,
                                 work->layer->eps, work->columns, a->update ? hidden : NULL, normed);
     memset(normed + work->columns, 0, (size_t)(padded - work->columns) * sizeof *normed);
-    work->kernels->write_activations(NYBBLE_INT8, normed, work->columns,
+    work->kernels->write_activations(NYBBLE_INT8, NYBBLE_TWO_WHERE_LARGE, normed, work->columns,
                                      work->integers + (size_t)part * work->integer_stride);
 }
 
@@ -277,7 +277,7 @@ static void gate_up_few(const struct work *work, const struct job *job, int64_t 
         float neurons[NEURONS];
         char *const row = job->rows + (size_t)(slot - job->first_slot + i) * job->stride;
         work->kernels->silu_multiply(gates[i] + gate, ups[i] + up, n, neurons);
-        work->kernels->write_activations(down->kind, neurons, n,
+        work->kernels->write_activations(down->kind, NYBBLE_TWO_WORDS, neurons, n,
                                          row + (size_t)block * nybble_activation_bytes(down->kind));
     }
 }

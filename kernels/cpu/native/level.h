@@ -17,7 +17,8 @@
     void nybble_tally_keys_##level(const struct nybble_draw *draw, const struct nybble_key_range *range,              \
                                    struct nybble_tallies *tallies);                                                   \
     int64_t nybble_find_key_##level(const struct nybble_draw *draw, int32_t key, uint64_t count);                     \
-    void nybble_write_activations_##level(int64_t kind, const float *x, int64_t columns, void *activations);          \
+    void nybble_write_activations_##level(int64_t kind, enum nybble_words words, const float *x, int64_t columns,     \
+                                          void *activations);                                                         \
     void nybble_multiply_##level(const struct nybble_multiplication *multiplication);                                 \
     void nybble_silu_multiply_##level(const float *gate, const float *up, int64_t n, float *out);                     \
     void nybble_sigmoid_##level(float *x, int64_t n);

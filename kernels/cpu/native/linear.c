@@ -40,7 +40,7 @@ static void write_rows(const void *argument, int part, int thread)
     const int64_t columns = work->matrix->num_columns;
     char *const row = work->rows + (size_t)part * work->stride;
     (void)thread;
-    work->kernels->write_activations(work->matrix->kind, work->x + part * columns, columns, row);
+    work->kernels->write_activations(work->matrix->kind, NYBBLE_ONE_WORD, work->x + part * columns, columns, row);
     work->products[part] = (struct nybble_product){row, work->y + part * work->matrix->num_rows, 1};
 }
 

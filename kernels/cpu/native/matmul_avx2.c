@@ -20,7 +20,8 @@ ALWAYS_INLINE __m256i pairs(__m256i weights, const int8_t *values)
     return _mm256_maddubs_epi16(weights, _mm256_set1_epi32(four(values)));
 }
 
-ALWAYS_INLINE __m256i add_pairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+/* Pairs of sums, times a factor. */
+ALWAYS_INLINE __m256i add_pairs(__m256i sums, int16_t factor) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(factor)); }
 
 /* ---- FP4 ---- */
 
@@ -36,12 +37,20 @@ ALWAYS_INLINE void decode(const uint8_t *codes, int part, int half, __m256i *wei
 }
 
 /* Four times two products of at most 24 * 127 fit in 16 bits. */
-ALWAYS_INLINE __m256i dot_16(const __m256i *weights, const struct nybble_activations *x, int part)
+ALWAYS_INLINE __m256i pairs_of_16(const __m256i *weights, const int8_t *values)
 {
-    const int8_t *values = x->values + 16 * part;
     const __m256i left = _mm256_add_epi16(pairs(weights[0], values), pairs(weights[1], values + 4));
     const __m256i right = _mm256_add_epi16(pairs(weights[2], values + 8), pairs(weights[3], values + 12));
-    return _mm256_add_epi32(add_pairs(_mm256_add_epi16(left, right)), _mm256_set1_epi32(x->start_12[part]));
+    return _mm256_add_epi16(left, right);
+}
+
+ALWAYS_INLINE __m256i dot_16(const __m256i *weights, const struct nybble_activations *x, int part)
+{
+    const __m256i start = _mm256_set1_epi32(x->start_12[part]), high = pairs_of_16(weights, x->high + 16 * part);
+    if (!x->has_low)
+        return _mm256_add_epi32(add_pairs(high, 1), start);
+    const __m256i low = pairs_of_16(weights, x->low + 16 * part);
+    return _mm256_add_epi32(add_pairs(high, 128), _mm256_add_epi32(add_pairs(low, 1), start));
 }
 
 ALWAYS_INLINE __m256 from_e4m3(const uint8_t *scales)
@@ -67,6 +76,7 @@ ALWAYS_INLINE void store(const struct tile *tile, const __m256 *sums, int num_to
 ALWAYS_INLINE void fp4_by_16_half(ARGUMENTS, const int half)
 {
     __m256 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++)
@@ -90,6 +100,7 @@ ALWAYS_INLINE void fp4_by_16_half(ARGUMENTS, const int half)
 ALWAYS_INLINE void fp4_by_32_half(ARGUMENTS, const int half)
 {
     __m256 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
@@ -112,9 +123,32 @@ ALWAYS_INLINE void fp4_by_32_half(ARGUMENTS, const int half)
 
 /* ---- Other kinds ---- */
 
+/* The part of a line of INT8 codes that has rows 8 half .. 8 half + 7, with signs. */
+ALWAYS_INLINE __m256i signed_line(const uint8_t *codes, int number, int half)
+{
+    return _mm256_xor_si256(line(codes, number, half), _mm256_set1_epi8(-128));
+}
+
+ALWAYS_INLINE __m256i dot_4(__m256i weights, __m256i magnitudes, const int8_t *values)
+{
+    return add_pairs(_mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_set1_epi32(four(values)), weights)), 1);
+}
+
+/* 128 * high and the products with low words. */
+ALWAYS_INLINE __m256i add_low(__m256i high, const uint8_t *codes, int half, const int8_t *values)
+{
+    __m256i sum = _mm256_slli_epi32(high, 7);
+    for (int i = 0; i < 8; i++) {
+        const __m256i weights = signed_line(codes, i, half);
+        sum = _mm256_add_epi32(sum, dot_4(weights, _mm256_abs_epi8(weights), values + 4 * i));
+    }
+    return sum;
+}
+
 ALWAYS_INLINE void int8_half(ARGUMENTS, const int half)
 {
     __m256 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
@@ -124,20 +158,20 @@ ALWAYS_INLINE void int8_half(ARGUMENTS, const int half)
         for (int token = 0; token < num_tokens; token++)
             totals[token] = _mm256_setzero_si256();
         for (int i = 0; i < 8; i++) {
-            const __m256i weights = _mm256_xor_si256(line(tile->codes + block * 512, i, half), _mm256_set1_epi8(-128));
-            const __m256i magnitudes = _mm256_abs_epi8(weights);
+            const __m256i weights = signed_line(tile->codes + block * 512, i, half), magnitudes = _mm256_abs_epi8(weights);
 #pragma GCC unroll 4
             for (int token = 0; token < num_tokens; token++) {
-                const int8_t *x = activations_at(products + token, block)->values + 4 * i;
-                const __m256i signed_values = _mm256_sign_epi8(_mm256_set1_epi32(four(x)), weights);
-                const __m256i sum = add_pairs(_mm256_maddubs_epi16(magnitudes, signed_values));
-                totals[token] = _mm256_add_epi32(totals[token], sum);
+                const int8_t *x = activations_at(products + token, block)->high + 4 * i;
+                totals[token] = _mm256_add_epi32(totals[token], dot_4(weights, magnitudes, x));
             }
         }
         const uint8_t *halves = tile->scales + block * 32 + half * ROWS * 2;
         const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves));
         for (int token = 0; token < num_tokens; token++) {
-            const __m256 factors = _mm256_mul_ps(scales, _mm256_set1_ps(activations_at(products + token, block)->scale));
+            const struct nybble_activations *x = activations_at(products + token, block);
+            const __m256 factors = _mm256_mul_ps(scales, _mm256_set1_ps(x->scale));
+            if (x->has_low)
+                totals[token] = add_low(totals[token], tile->codes + block * 512, half, x->low);
             sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[token]), factors, sums[token]);
         }
     }
@@ -185,6 +219,7 @@ ALWAYS_INLINE void fp8_half(ARGUMENTS, const int half)
 ALWAYS_INLINE void bfloat16_half(ARGUMENTS, const int half)
 {
     __m256 even[MAX_TOKENS], odd[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         even[token] = odd[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++)
@@ -201,6 +236,7 @@ ALWAYS_INLINE void bfloat16_half(ARGUMENTS, const int half)
 ALWAYS_INLINE void float32_half(ARGUMENTS, const int half)
 {
     __m256 even[MAX_TOKENS], odd[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         even[token] = odd[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++)

@@ -18,6 +18,11 @@ ALWAYS_INLINE __m512i dot(__m512i sum, __m512i weights, const int8_t *values)
     return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four(values)));
 }
 
+ALWAYS_INLINE __m512i with_high(__m512i low, __m512i high)
+{
+    return _mm512_add_epi32(low, _mm512_slli_epi32(high, 7));
+}
+
 /* ---- FP4 ---- */
 
 /* The lines of 16 columns as bytes: lines 2 half and 2 half + 1, of each its low nibbles and then its high ones. */
@@ -31,12 +36,25 @@ ALWAYS_INLINE void decode(const uint8_t *codes, int half, __m512i *weights)
     }
 }
 
-ALWAYS_INLINE __m512i dot_16(const __m512i *weights, const struct nybble_activations *x, int half)
+ALWAYS_INLINE __m512i dot_16(__m512i sum, const __m512i *weights, const int8_t *values)
 {
-    __m512i sum = _mm512_set1_epi32(x->start_12[half]);
     for (int i = 0; i < 4; i++)
-        sum = dot(sum, weights[i], x->values + 16 * half + 4 * i);
+        sum = dot(sum, weights[i], values + 4 * i);
     return sum;
+}
+
+/* The sums of the halves of a block. */
+ALWAYS_INLINE void dot_halves(const __m512i *weights, const struct nybble_activations *x, __m512i *sums)
+{
+    const __m512i first = _mm512_set1_epi32(x->start_12[0]), second = _mm512_set1_epi32(x->start_12[1]);
+    if (x->has_low) {
+        sums[0] = with_high(dot_16(first, weights, x->low), dot_16(_mm512_setzero_si512(), weights, x->high));
+        sums[1] = with_high(dot_16(second, weights + 4, x->low + 16),
+                            dot_16(_mm512_setzero_si512(), weights + 4, x->high + 16));
+    } else {
+        sums[0] = dot_16(first, weights, x->high);
+        sums[1] = dot_16(second, weights + 4, x->high + 16);
+    }
 }
 
 ALWAYS_INLINE __m512 from_e4m3(const uint8_t *scales)
@@ -61,6 +79,7 @@ ALWAYS_INLINE void store(const struct tile *tile, const __m512 *sums, int num_to
 ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
 {
     __m512 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
@@ -72,8 +91,10 @@ ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
 #pragma GCC unroll 8
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
-            const __m512 left = _mm512_mul_ps(_mm512_cvtepi32_ps(dot_16(weights, x, 0)), first);
-            const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot_16(weights + 4, x, 1)), second, left);
+            __m512i dots[2];
+            dot_halves(weights, x, dots);
+            const __m512 left = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[0]), first);
+            const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), second, left);
             sums[token] = _mm512_fmadd_ps(both, _mm512_set1_ps(x->scale), sums[token]);
         }
     }
@@ -83,6 +104,7 @@ ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
 ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
 {
     __m512 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
@@ -94,8 +116,9 @@ ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
 #pragma GCC unroll 8
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
-            const __m512i sum = _mm512_add_epi32(dot_16(weights, x, 0), dot_16(weights + 4, x, 1));
-            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+            __m512i dots[2];
+            dot_halves(weights, x, dots);
+            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1])), scales);
             sums[token] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x->scale), sums[token]);
         }
     }
@@ -104,9 +127,20 @@ ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
 
 /* ---- Other kinds ---- */
 
+ALWAYS_INLINE __m512i dot_32(__m512i start, const __m512i *weights, const int8_t *values)
+{
+    __m512i even = start, odd = _mm512_setzero_si512();
+    for (int i = 0; i < 8; i += 2) {
+        even = dot(even, weights[i], values + 4 * i);
+        odd = dot(odd, weights[i + 1], values + 4 * i + 4);
+    }
+    return _mm512_add_epi32(even, odd);
+}
+
 ALWAYS_INLINE void int8(ARGUMENTS)
 {
     __m512 sums[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
@@ -118,12 +152,11 @@ ALWAYS_INLINE void int8(ARGUMENTS)
 #pragma GCC unroll 8
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
-            __m512i even = _mm512_set1_epi32(x->start_128), odd = _mm512_setzero_si512();
-            for (int i = 0; i < 8; i += 2) {
-                even = dot(even, weights[i], x->values + 4 * i);
-                odd = dot(odd, weights[i + 1], x->values + 4 * i + 4);
-            }
-            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)), scales);
+            const __m512i start = _mm512_set1_epi32(x->start_128);
+            const __m512i sum = x->has_low ? with_high(dot_32(start, weights, x->low),
+                                                       dot_32(_mm512_setzero_si512(), weights, x->high))
+                                           : dot_32(start, weights, x->high);
+            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
             sums[token] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x->scale), sums[token]);
         }
     }
@@ -169,6 +202,7 @@ ALWAYS_INLINE void fp8(ARGUMENTS)
 ALWAYS_INLINE void bfloat16(ARGUMENTS)
 {
     __m512 even[MAX_TOKENS], odd[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         even[token] = odd[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++)
@@ -185,6 +219,7 @@ ALWAYS_INLINE void bfloat16(ARGUMENTS)
 ALWAYS_INLINE void float32(ARGUMENTS)
 {
     __m512 even[MAX_TOKENS], odd[MAX_TOKENS];
+#pragma GCC unroll 8
     for (int token = 0; token < num_tokens; token++)
         even[token] = odd[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++)

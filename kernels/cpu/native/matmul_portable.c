@@ -35,7 +35,7 @@ static inline float doubled_e2m1(int32_t code)
     return (float)(code & 8 ? -value : value);
 }
 
-/* In the order of nybble_activations.values. */
+/* In the order of nybble_activations.high. */
 static void decode_fp4(const uint8_t *codes, block_weights weights)
 {
     for (int i = 0; i < COLUMNS / 2; i++) {
@@ -94,15 +94,26 @@ static void from_float16(const uint8_t *scales, float *numbers)
     from_bits(bits, 0x1p112f, numbers);
 }
 
-/* sums += factor * scales * (values[first ..] . weights) */
+/* dots = values[first ..] . weights */
+static void dot(const block_weights weights, const int8_t *values, int first, int end, float *dots)
+{
+    for (int row = 0; row < ROWS; row++)
+        dots[row] = 0;
+    for (int i = first; i < end; i++)
+        for (int row = 0; row < ROWS; row++)
+            dots[row] = multiply_add(weights[i][row], values[i], dots[row]);
+}
+
+/* sums += scales * (x[first ..] . weights) */
 static void add_dots(const block_weights weights, const struct nybble_activations *x, int first, int end,
                      const float *scales, float *sums)
 {
-    float dots[ROWS] = {0};
-    for (int i = first; i < end; i++) {
-        const float value = x->values[i];
+    float dots[ROWS], low[ROWS];
+    dot(weights, x->high, first, end, dots);
+    if (x->has_low) {
+        dot(weights, x->low, first, end, low);
         for (int row = 0; row < ROWS; row++)
-            dots[row] = multiply_add(weights[i][row], value, dots[row]);
+            dots[row] = 128 * dots[row] + low[row];
     }
     for (int row = 0; row < ROWS; row++)
         sums[row] = multiply_add(dots[row], scales[row] * x->scale, sums[row]);

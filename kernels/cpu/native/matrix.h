@@ -22,9 +22,10 @@
    1 where it has none. A row of FP8 with a code NaN has row scale NaN. BFLOAT16 and FLOAT32 have no row scales: they
    are NULL.
 
-   What FP4 and INT8 are multiplied with is quantized to int8, 32 columns at a time (struct nybble_activations), in
-   the order of columns that lines have; other kinds take float32. Sums of products of codes are exact; everything
-   else is float32, in an order that depends on neither the number of tokens nor that of threads. */
+   What FP4 and INT8 are multiplied with is quantized 32 columns at a time (struct nybble_activations), in the order of
+   columns that lines have: to one int8 a number, or to a high and a low one, which cost about twice the products
+   (enum nybble_words); other kinds take float32. Sums of products of codes are exact; everything else is float32, in an
+   order that depends on neither the number of tokens nor that of threads. */
 
 #ifndef NYBBLE_MATRIX_H
 #define NYBBLE_MATRIX_H
@@ -55,14 +56,25 @@ struct nybble_matrix {
     int64_t kind;
 };
 
-/* 32 columns of a row, for FP4 and INT8. The products of the codes that are stored, which are too large by 12 or
-   128, begin with what that adds: -12 times the sum of each half, -128 times the sum of all. A block that has a
-   number that is not finite has scale NaN. */
+/* Which blocks of a row have low words. One word is off by up to 1/254 of the largest magnitude of its block, two by
+   1/128 of that. */
+enum nybble_words {
+    NYBBLE_ONE_WORD,
+    NYBBLE_TWO_WHERE_LARGE, /* blocks with a magnitude above 3 times the root mean square of the row */
+    NYBBLE_TWO_WORDS        /* all */
+};
+
+/* 32 columns of a row, for FP4 and INT8: whole numbers n = high, or 128 * high + low if has_low, times the scale. The
+   products of the codes that are stored, which are too large by 12 or 128, begin with what that adds: -12 times the
+   sum of n in each half, -128 times the sum of all. A block that has a number that is not finite has scale NaN.
+   Without has_low, nothing is in low. */
 struct nybble_activations {
     float scale;
+    int32_t has_low;
     int32_t start_12[2];
     int32_t start_128;
-    int8_t values[NYBBLE_BLOCK_COLUMNS];
+    int8_t high[NYBBLE_BLOCK_COLUMNS];
+    int8_t low[NYBBLE_BLOCK_COLUMNS];
 };
 
 /* A row of activations, and where its products with the rows of a matrix go. */

@@ -13,6 +13,8 @@
 #ifndef NYBBLE_CPU_H
 #define NYBBLE_CPU_H
 
+#include "matrix.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -65,7 +67,7 @@ struct nybble_kernels {
     int64_t (*find_key)(const struct nybble_draw *draw, int32_t key, uint64_t count);
 
     /* matrix.h: x [columns] as activations of a kind of matrix, the last block padded with zeros. */
-    void (*write_activations)(int64_t kind, const float *x, int64_t columns, void *activations);
+    void (*write_activations)(int64_t kind, enum nybble_words words, const float *x, int64_t columns, void *activations);
     /* matrix.h */
     void (*multiply)(const struct nybble_multiplication *multiplication);
 
