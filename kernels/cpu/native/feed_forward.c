@@ -19,8 +19,8 @@ enum {
     TILES = NEURONS / NYBBLE_TILE_ROWS + 1,
     FEW_TOKENS = 8,
     ROUTED_IN_A_PART = 16,
-    MOST_OUTPUT_TILES = 4,
-    PARTS_OF_A_THREAD = 6
+    MOST_OUTPUT_TILES = 16,
+    PARTS_OF_A_THREAD = 2 /* long stretches of each expert */
 };
 
 struct slot {

@@ -153,8 +153,6 @@ ALWAYS_INLINE void int8_half(ARGUMENTS, const int half)
         sums[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m256i totals[MAX_TOKENS];
-        if (half == 0)
-            fetch_ahead(tile->codes + block * 512, 512);
         for (int token = 0; token < num_tokens; token++)
             totals[token] = _mm256_setzero_si256();
         for (int i = 0; i < 8; i++) {
@@ -205,8 +203,6 @@ ALWAYS_INLINE void fp8_half(ARGUMENTS, const int half)
         even[token] = odd[token] = _mm256_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         const uint8_t *const codes = tile->codes + block * 512;
-        if (half == 0)
-            fetch_ahead(codes, 512);
         for (int i = 0; i < 32; i += 2)
             add_two_columns(products, num_tokens, block * 32 + i, fp8_column(codes, i, half),
                             fp8_column(codes, i + 1, half), even, odd);

@@ -85,6 +85,7 @@ ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
         fetch_ahead(tile->codes + block * 256, 256);
+        fetch_ahead(tile->scales + block * 32, 32);
         decode(tile->codes + block * 256, 0, weights);
         decode(tile->codes + block * 256, 1, weights + 4);
         const __m512 first = from_e4m3(tile->scales + block * 32), second = from_e4m3(tile->scales + block * 32 + 16);
@@ -110,6 +111,7 @@ ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
         fetch_ahead(tile->codes + block * 256, 256);
+        fetch_ahead(tile->scales + block * 16, 16);
         decode(tile->codes + block * 256, 0, weights);
         decode(tile->codes + block * 256, 1, weights + 4);
         const __m512 scales = from_e8m0(tile->scales + block * 16);
@@ -145,7 +147,6 @@ ALWAYS_INLINE void int8(ARGUMENTS)
         sums[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         __m512i weights[8];
-        fetch_ahead(tile->codes + block * 512, 512);
         for (int i = 0; i < 8; i++)
             weights[i] = line(tile->codes + block * 512, i);
         const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(tile->scales + block * 32)));
@@ -189,7 +190,6 @@ ALWAYS_INLINE void fp8(ARGUMENTS)
         even[token] = odd[token] = _mm512_setzero_ps();
     for (int64_t block = 0; block < tile->num_blocks; block++) {
         const uint8_t *const codes = tile->codes + block * 512;
-        fetch_ahead(codes, 512);
         for (int i = 0; i < 32; i += 2)
             add_two_columns(products, num_tokens, block * 32 + i, fp8_column(codes, i), fp8_column(codes, i + 1), even,
                             odd);
