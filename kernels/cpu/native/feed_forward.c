@@ -23,6 +23,9 @@ enum {
     PARTS_OF_A_THREAD = 2 /* long stretches of each expert */
 };
 
+/* Of the activations that gate_up and `down` take. */
+static const enum nybble_words INPUT_WORDS = NYBBLE_TWO_WHERE_LARGE, DOWN_WORDS = NYBBLE_TWO_WORDS;
+
 struct slot {
     int32_t token;
     float weight;
@@ -120,7 +123,7 @@ static void norm_row(const void *argument, int part, int thread)
     work->kernels->add_rms_norm(hidden, a->update ? a->update + part * work->columns : NULL, work->layer->norm_weight,
                                 work->layer->eps, work->columns, a->update ? hidden : NULL, normed);
     memset(normed + work->columns, 0, (size_t)(padded - work->columns) * sizeof *normed);
-    work->kernels->write_activations(NYBBLE_INT8, NYBBLE_TWO_WHERE_LARGE, normed, work->columns,
+    work->kernels->write_activations(NYBBLE_INT8, INPUT_WORDS, normed, work->columns,
                                      work->integers + (size_t)part * work->integer_stride);
 }
 
@@ -262,6 +265,7 @@ static int64_t multiply_rows(const struct work *work, const struct job *job, int
         .out_row = first_tile * NYBBLE_TILE_ROWS,
         .products = products,
         .num_products = num_slots,
+        .words = INPUT_WORDS,
     });
     return first_row - first_tile * NYBBLE_TILE_ROWS;
 }
@@ -277,7 +281,7 @@ static void gate_up_few(const struct work *work, const struct job *job, int64_t 
         float neurons[NEURONS];
         char *const row = job->rows + (size_t)(slot - job->first_slot + i) * job->stride;
         work->kernels->silu_multiply(gates[i] + gate, ups[i] + up, n, neurons);
-        work->kernels->write_activations(down->kind, NYBBLE_TWO_WORDS, neurons, n,
+        work->kernels->write_activations(down->kind, DOWN_WORDS, neurons, n,
                                          row + (size_t)block * nybble_activation_bytes(down->kind));
     }
 }
@@ -325,6 +329,7 @@ static void down(const void *argument, int part, int thread)
             .end_tile = end_tile,
             .products = work->outputs + work->jobs[i].first_slot,
             .num_products = work->jobs[i].num_slots,
+            .words = DOWN_WORDS,
             .is_added = true,
         });
 }

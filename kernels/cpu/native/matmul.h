@@ -23,34 +23,45 @@ enum { FETCH_DISTANCE = 4096 }; /* bytes: of 1024 to 32768 the best for a decode
 /* Twice the values of E2M1 codes, plus 12 so that none is negative. */
 #define E2M1_PLUS_12 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
 
-/* A function NAME_tile of 1 to 4, or 8, tokens, made of BODY(tile, products, num_tokens, values), which is compiled for
-   each number of tokens, so that its sums are in registers. */
+/* A function NAME_tile of 1 to 4, or 8, tokens, made of BODY(tile, products, num_tokens, words, values), which is
+   compiled for each number of tokens, so that its sums are in registers, and for each number of words: with
+   NYBBLE_TWO_WHERE_LARGE, each block is asked. */
 #define ARGUMENTS                                                                                                      \
     const struct tile *tile, const struct nybble_product *products, const int num_tokens,                            \
-        float (*values)[NYBBLE_TILE_ROWS]
-#define CASE(body, n)                                                                                                  \
+        const enum nybble_words words __attribute__((unused)), float (*values)[NYBBLE_TILE_ROWS]
+#define CASE(body, n, words)                                                                                           \
     case n:                                                                                                            \
-        body(tile, products, n, values);                                                                               \
+        body(tile, products, n, words, values);                                                                        \
         break;
-#define TILE_OF_4(name, body)                                                                                          \
-    static void name##_tile(ARGUMENTS)                                                                                 \
+#define CASES_TO_4(body, words) CASE(body, 1, words) CASE(body, 2, words) CASE(body, 3, words) CASE(body, 4, words)
+#define CASES_TO_8(body, words)                                                                                        \
+    CASES_TO_4(body, words)                                                                                            \
+    CASE(body, 5, words) CASE(body, 6, words) CASE(body, 7, words) CASE(body, 8, words)
+#define INTEGER_TILE(body, cases)                                                                                      \
+    static void body##_tile(ARGUMENTS)                                                                                 \
     {                                                                                                                  \
-        switch (num_tokens) {                                                                                          \
-            CASE(body, 1) CASE(body, 2) CASE(body, 3) CASE(body, 4)                                                    \
-        }                                                                                                              \
+        if (words == NYBBLE_ONE_WORD)                                                                                  \
+            switch (num_tokens) { cases(body, NYBBLE_ONE_WORD) }                                                       \
+        else if (words == NYBBLE_TWO_WORDS)                                                                            \
+            switch (num_tokens) { cases(body, NYBBLE_TWO_WORDS) }                                                      \
+        else                                                                                                           \
+            switch (num_tokens) { cases(body, NYBBLE_TWO_WHERE_LARGE) }                                                \
     }
-#define TILE_OF_8(name, body)                                                                                          \
-    static void name##_tile(ARGUMENTS)                                                                                 \
+#define FLOAT_TILE(body, cases)                                                                                        \
+    static void body##_tile(ARGUMENTS)                                                                                 \
     {                                                                                                                  \
-        switch (num_tokens) {                                                                                          \
-            CASE(body, 1) CASE(body, 2) CASE(body, 3) CASE(body, 4)                                                    \
-            CASE(body, 5) CASE(body, 6) CASE(body, 7) CASE(body, 8)                                                    \
-        }                                                                                                              \
+        switch (num_tokens) { cases(body, NYBBLE_ONE_WORD) }                                                           \
     }
 
 ALWAYS_INLINE const struct nybble_activations *activations_at(const struct nybble_product *product, int64_t block)
 {
     return (const struct nybble_activations *)product->activations + block;
+}
+
+/* Compiled to an answer but for NYBBLE_TWO_WHERE_LARGE. */
+ALWAYS_INLINE bool has_low(const struct nybble_activations *x, const enum nybble_words words)
+{
+    return words == NYBBLE_TWO_WORDS || (words == NYBBLE_TWO_WHERE_LARGE && x->has_low);
 }
 
 /* Ask for FP4 codes or scales that are multiplied soon, into the second cache: processors read ahead by themselves, but not

@@ -20,8 +20,7 @@ ALWAYS_INLINE __m256i pairs(__m256i weights, const int8_t *values)
     return _mm256_maddubs_epi16(weights, _mm256_set1_epi32(four(values)));
 }
 
-/* Pairs of sums, times a factor. */
-ALWAYS_INLINE __m256i add_pairs(__m256i sums, int16_t factor) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(factor)); }
+ALWAYS_INLINE __m256i add_pairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
 /* ---- FP4 ---- */
 
@@ -44,13 +43,15 @@ ALWAYS_INLINE __m256i pairs_of_16(const __m256i *weights, const int8_t *values)
     return _mm256_add_epi16(left, right);
 }
 
-ALWAYS_INLINE __m256i dot_16(const __m256i *weights, const struct nybble_activations *x, int part)
+ALWAYS_INLINE __m256i dot_16(const __m256i *weights, const struct nybble_activations *x, int part,
+                             const enum nybble_words words)
 {
-    const __m256i start = _mm256_set1_epi32(x->start_12[part]), high = pairs_of_16(weights, x->high + 16 * part);
-    if (!x->has_low)
-        return _mm256_add_epi32(add_pairs(high, 1), start);
-    const __m256i low = pairs_of_16(weights, x->low + 16 * part);
-    return _mm256_add_epi32(add_pairs(high, 128), _mm256_add_epi32(add_pairs(low, 1), start));
+    __m256i sum = add_pairs(pairs_of_16(weights, x->high + 16 * part));
+    if (has_low(x, words)) {
+        const __m256i low = add_pairs(pairs_of_16(weights, x->low + 16 * part));
+        sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 7), low);
+    }
+    return _mm256_add_epi32(sum, _mm256_set1_epi32(x->start_12[part]));
 }
 
 ALWAYS_INLINE __m256 from_e4m3(const uint8_t *scales)
@@ -90,7 +91,7 @@ ALWAYS_INLINE void fp4_by_16_half(ARGUMENTS, const int half)
             for (int token = 0; token < num_tokens; token++) {
                 const struct nybble_activations *x = activations_at(products + token, block);
                 const __m256 factors = _mm256_mul_ps(scales, _mm256_set1_ps(x->scale));
-                sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_16(weights, x, part)), factors, sums[token]);
+                sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_16(weights, x, part, words)), factors, sums[token]);
             }
         }
     store(tile, sums, num_tokens, half, values);
@@ -113,7 +114,7 @@ ALWAYS_INLINE void fp4_by_32_half(ARGUMENTS, const int half)
 #pragma GCC unroll 4
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
-            const __m256i sum = _mm256_add_epi32(dot_16(weights, x, 0), dot_16(weights + 4, x, 1));
+            const __m256i sum = _mm256_add_epi32(dot_16(weights, x, 0, words), dot_16(weights + 4, x, 1, words));
             const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales);
             sums[token] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(x->scale), sums[token]);
         }
@@ -131,7 +132,7 @@ ALWAYS_INLINE __m256i signed_line(const uint8_t *codes, int number, int half)
 
 ALWAYS_INLINE __m256i dot_4(__m256i weights, __m256i magnitudes, const int8_t *values)
 {
-    return add_pairs(_mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_set1_epi32(four(values)), weights)), 1);
+    return add_pairs(_mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(_mm256_set1_epi32(four(values)), weights)));
 }
 
 /* 128 * high and the products with low words. */
@@ -168,7 +169,7 @@ ALWAYS_INLINE void int8_half(ARGUMENTS, const int half)
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
             const __m256 factors = _mm256_mul_ps(scales, _mm256_set1_ps(x->scale));
-            if (x->has_low)
+            if (has_low(x, words))
                 totals[token] = add_low(totals[token], tile->codes + block * 512, half, x->low);
             sums[token] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(totals[token]), factors, sums[token]);
         }
@@ -248,8 +249,8 @@ ALWAYS_INLINE void float32_half(ARGUMENTS, const int half)
 #define BOTH_HALVES(name)                                                                                              \
     ALWAYS_INLINE void name(ARGUMENTS)                                                                                 \
     {                                                                                                                  \
-        name##_half(tile, products, num_tokens, values, 0);                                                            \
-        name##_half(tile, products, num_tokens, values, 1);                                                            \
+        name##_half(tile, products, num_tokens, words, values, 0);                                                            \
+        name##_half(tile, products, num_tokens, words, values, 1);                                                            \
     }
 
 BOTH_HALVES(fp4_by_16)
@@ -259,11 +260,11 @@ BOTH_HALVES(fp8)
 BOTH_HALVES(bfloat16)
 BOTH_HALVES(float32)
 
-TILE_OF_4(fp4_by_16, fp4_by_16)
-TILE_OF_4(fp4_by_32, fp4_by_32)
-TILE_OF_4(int8, int8)
-TILE_OF_4(fp8, fp8)
-TILE_OF_4(bfloat16, bfloat16)
-TILE_OF_4(float32, float32)
+INTEGER_TILE(fp4_by_16, CASES_TO_4)
+INTEGER_TILE(fp4_by_32, CASES_TO_4)
+INTEGER_TILE(int8, CASES_TO_4)
+FLOAT_TILE(fp8, CASES_TO_4)
+FLOAT_TILE(bfloat16, CASES_TO_4)
+FLOAT_TILE(float32, CASES_TO_4)
 
 #include "matmul.inc"

@@ -44,10 +44,11 @@ ALWAYS_INLINE __m512i dot_16(__m512i sum, const __m512i *weights, const int8_t *
 }
 
 /* The sums of the halves of a block. */
-ALWAYS_INLINE void dot_halves(const __m512i *weights, const struct nybble_activations *x, __m512i *sums)
+ALWAYS_INLINE void dot_halves(const __m512i *weights, const struct nybble_activations *x, const enum nybble_words words,
+                              __m512i *sums)
 {
     const __m512i first = _mm512_set1_epi32(x->start_12[0]), second = _mm512_set1_epi32(x->start_12[1]);
-    if (x->has_low) {
+    if (has_low(x, words)) {
         sums[0] = with_high(dot_16(first, weights, x->low), dot_16(_mm512_setzero_si512(), weights, x->high));
         sums[1] = with_high(dot_16(second, weights + 4, x->low + 16),
                             dot_16(_mm512_setzero_si512(), weights + 4, x->high + 16));
@@ -93,7 +94,7 @@ ALWAYS_INLINE void fp4_by_16(ARGUMENTS)
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
             __m512i dots[2];
-            dot_halves(weights, x, dots);
+            dot_halves(weights, x, words, dots);
             const __m512 left = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[0]), first);
             const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), second, left);
             sums[token] = _mm512_fmadd_ps(both, _mm512_set1_ps(x->scale), sums[token]);
@@ -119,7 +120,7 @@ ALWAYS_INLINE void fp4_by_32(ARGUMENTS)
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
             __m512i dots[2];
-            dot_halves(weights, x, dots);
+            dot_halves(weights, x, words, dots);
             const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1])), scales);
             sums[token] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x->scale), sums[token]);
         }
@@ -154,7 +155,7 @@ ALWAYS_INLINE void int8(ARGUMENTS)
         for (int token = 0; token < num_tokens; token++) {
             const struct nybble_activations *x = activations_at(products + token, block);
             const __m512i start = _mm512_set1_epi32(x->start_128);
-            const __m512i sum = x->has_low ? with_high(dot_32(start, weights, x->low),
+            const __m512i sum = has_low(x, words) ? with_high(dot_32(start, weights, x->low),
                                                        dot_32(_mm512_setzero_si512(), weights, x->high))
                                            : dot_32(start, weights, x->high);
             const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
@@ -232,11 +233,11 @@ ALWAYS_INLINE void float32(ARGUMENTS)
         _mm512_store_ps(values[token], _mm512_add_ps(even[token], odd[token]));
 }
 
-TILE_OF_8(fp4_by_16, fp4_by_16)
-TILE_OF_8(fp4_by_32, fp4_by_32)
-TILE_OF_8(int8, int8)
-TILE_OF_8(fp8, fp8)
-TILE_OF_8(bfloat16, bfloat16)
-TILE_OF_8(float32, float32)
+INTEGER_TILE(fp4_by_16, CASES_TO_8)
+INTEGER_TILE(fp4_by_32, CASES_TO_8)
+INTEGER_TILE(int8, CASES_TO_8)
+FLOAT_TILE(fp8, CASES_TO_8)
+FLOAT_TILE(bfloat16, CASES_TO_8)
+FLOAT_TILE(float32, CASES_TO_8)
 
 #include "matmul.inc"

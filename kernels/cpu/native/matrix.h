@@ -59,7 +59,7 @@ struct nybble_matrix {
 /* Which blocks of a row have low words. One word is off by up to 1/254 of the largest magnitude of its block, two by
    1/128 of that. */
 enum nybble_words {
-    NYBBLE_ONE_WORD,
+    NYBBLE_ONE_WORD,        /* none */
     NYBBLE_TWO_WHERE_LARGE, /* blocks with a magnitude above 3 times the root mean square of the row */
     NYBBLE_TWO_WORDS        /* all */
 };
@@ -67,7 +67,7 @@ enum nybble_words {
 /* 32 columns of a row, for FP4 and INT8: whole numbers n = high, or 128 * high + low if has_low, times the scale. The
    products of the codes that are stored, which are too large by 12 or 128, begin with what that adds: -12 times the
    sum of n in each half, -128 times the sum of all. A block that has a number that is not finite has scale NaN.
-   Without has_low, nothing is in low. */
+   Without has_low, low is zeros. */
 struct nybble_activations {
     float scale;
     int32_t has_low;
@@ -94,6 +94,7 @@ struct nybble_multiplication {
     int64_t out_row;
     const struct nybble_product *products;
     int64_t num_products;
+    enum nybble_words words; /* as the activations were written with */
     bool is_added;
 };
 
