@@ -160,8 +160,8 @@ def _fill(inputs: StepInput, step: StepInput) -> None:
     num_tokens, (num_sequences, width) = len(step.token_ids), step.attention.block_tables.shape
     inputs.token_ids[:num_tokens].copy_(step.token_ids)
     inputs.positions[:num_tokens].copy_(step.positions)
-    inputs.attention.slots.fill_(-1)
     inputs.attention.slots[:num_tokens].copy_(step.attention.slots)
-    inputs.attention.context_lengths.zero_()
+    inputs.attention.slots[num_tokens:].fill_(-1)
     inputs.attention.context_lengths[:num_sequences].copy_(step.attention.context_lengths)
+    inputs.attention.context_lengths[num_sequences:].zero_()
     inputs.attention.block_tables[:num_sequences, :width].copy_(step.attention.block_tables)

@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nybble.engine.grammar.mask_thread import MaskThread
 from nybble.engine.messages import SamplingParams, TokenLogprobs
 from nybble.engine.sampling.adjustment_batch import adjustments_of
+from nybble.engine.sampling.sampling_columns import SamplingColumns
 from nybble.engine.scheduling.step import Chunk, SampledToken
-from nybble.kernels.ops import Ops, SamplingBatch, W
-from nybble.kernels.random_bits import draw_bits_of
+from nybble.kernels.ops import Ops, W
 from nybble.kernels.token_logprobs import Logprobs
-
-_SMALLEST_TEMPERATURE = 1e-5
-"""Dividing by less overflows float32; the pick is the likeliest token anyway."""
 
 
 class Sampler(Generic[W]):
@@ -30,6 +26,7 @@ class Sampler(Generic[W]):
         self._ops = ops
         self._num_token_ids = num_token_ids
         self._masks = MaskThread()
+        self._columns = SamplingColumns()
 
     def sample(self, logits: Tensor, chunks: Sequence[Chunk]) -> Draw:
         """The tokens that follow each chunk: those of its drafts that are accepted, and the next token.
@@ -50,7 +47,7 @@ class Sampler(Generic[W]):
         asked = _logprob_rows(logits, params, must_copy=adjustments is not None)
         if adjustments is not None:
             self._ops.adjust_logits(logits[:, : self._num_token_ids], adjustments)
-        batch = _sampling_batch(chunks, params, logits.device)
+        batch = self._columns.batch(chunks, params, logits.device)
         picks = self._ops.sample(logits, batch, self._num_token_ids)
         return Draw(chunks, picks, None if asked is None else self._logprobs(asked, picks))
 
@@ -148,36 +145,6 @@ def _logprob_rows(logits: Tensor, params: Sequence[SamplingParams], must_copy: b
     elif must_copy:
         logits = logits.clone()
     return _LogprobRows(rows, list(asked.values()), logits)
-
-
-def _sampling_batch(
-    chunks: Sequence[Chunk], params: Sequence[SamplingParams], device: torch.device
-) -> SamplingBatch:
-    """One transfer for all columns: int64 ones, then float32 ones, two in the place of one."""
-    columns = np.empty((5, len(params)), dtype=np.int64)
-    seeds = np.array([p.seed or 0 for p in params], dtype=np.uint64)
-    columns[0] = draw_bits_of(seeds, np.fromiter(_positions(chunks), np.int64, len(params)))
-    columns[1] = [p.top_k for p in params]
-    floats = columns[2:].view(np.float32)[:, : len(params)]
-    floats[0] = [_temperature(p) for p in params]
-    floats[1] = [p.top_p for p in params]
-    floats[2] = [p.min_p for p in params]
-    moved = torch.from_numpy(columns).to(device)
-    temperatures, top_ps, min_ps = moved[2:].view(torch.float32)[:, : len(params)]
-    return SamplingBatch(
-        temperatures=temperatures, top_ks=moved[1], top_ps=top_ps, min_ps=min_ps, draws=moved[0]
-    )
-
-
-def _positions(chunks: Sequence[Chunk]) -> Iterator[int]:
-    """That of the token which each row gives."""
-    for chunk in chunks:
-        end = chunk.start + len(chunk.token_ids)
-        yield from range(end - chunk.num_drafts, end + 1)
-
-
-def _temperature(params: SamplingParams) -> float:
-    return params.temperature if params.temperature >= _SMALLEST_TEMPERATURE else 0.0
 
 
 def _accepted(chunks: Sequence[Chunk], tokens: Sequence[SampledToken]) -> Iterator[tuple[SampledToken, ...]]:

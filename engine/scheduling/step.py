@@ -84,6 +84,8 @@ class StepInput:
     logit_rows: Tensor
 
     def to(self, device: torch.device) -> StepInput:
+        if device.type == "cpu":
+            return self
         attention = AttentionBatch(
             query_starts=self.attention.query_starts.to(device),
             context_lengths=self.attention.context_lengths.to(device),

@@ -142,8 +142,8 @@ def _check_before_replay(pool: Pool, slots: Tensor, end: int) -> None:
 def _range(slots: Tensor) -> tuple[int, int]:
     if not slots.numel():
         return 0, -1
-    lowest, highest = slots.aminmax()
-    return int(lowest), int(highest)
+    numbers = slots.numpy()
+    return int(numbers.min()), int(numbers.max())
 
 
 _native = NativeForms(_native_weights)

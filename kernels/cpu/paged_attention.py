@@ -86,8 +86,8 @@ class _CheckedBatch:
         self._longest = max(lengths, default=0)
         self._lowest_block, self._highest_block = 0, -1
         if batch.block_tables.numel():
-            lowest, highest = batch.block_tables.aminmax()
-            self._lowest_block, self._highest_block = int(lowest), int(highest)
+            blocks = batch.block_tables.numpy()
+            self._lowest_block, self._highest_block = int(blocks.min()), int(blocks.max())
 
     def check(self, cache: KVCacheLayer, num_tokens: int) -> None:
         num_blocks, block_size = cache.values.shape[0], cache.values.shape[2]
