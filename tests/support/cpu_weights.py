@@ -61,12 +61,13 @@ def every_kind(rows: int, columns: int) -> dict[str, CpuMatrix]:
     }
 
 
-def as_int8(x: Tensor, two_words_above: Tensor | float = torch.inf) -> Tensor:
-    """float64 of what x [T, K] becomes in blocks of 32 columns: int8 times a scale, or two words where a
-    magnitude of the block is above the row's bound [T, 1]."""
-    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32)).double()
-    largest = padded.abs().amax(dim=-1, keepdim=True)
-    bounds = torch.as_tensor(two_words_above, dtype=torch.float64).expand(len(x), 1).unsqueeze(-1)
+def as_words(x: Tensor) -> Tensor:
+    """float64 of what x [T, K] becomes in blocks of 32 columns: int8 times a scale, or two words of that in
+    blocks with a magnitude above 3 root mean squares of the row."""
+    exact = x.double()
+    bounds = 3 * exact.square().mean(dim=1).sqrt().view(-1, 1, 1)
+    blocks = torch.nn.functional.pad(exact, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
     steps = largest / torch.where(largest > bounds, 127 * 128, 127)
-    rounded = (padded / steps.masked_fill(steps == 0, 1)).round() * steps
+    rounded = (blocks / steps.masked_fill(steps == 0, 1)).round() * steps
     return rounded.flatten(1)[:, : x.shape[1]]

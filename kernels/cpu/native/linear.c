@@ -40,7 +40,7 @@ static void write_rows(const void *argument, int part, int thread)
     const int64_t columns = work->matrix->num_columns;
     char *const row = work->rows + (size_t)part * work->stride;
     (void)thread;
-    work->kernels->write_activations(work->matrix->kind, NYBBLE_ONE_WORD, work->x + part * columns, columns, row);
+    work->kernels->write_activations(work->matrix->kind, NYBBLE_TWO_WHERE_LARGE, work->x + part * columns, columns, row);
     work->products[part] = (struct nybble_product){row, work->y + part * work->matrix->num_rows, 1};
 }
 
@@ -58,6 +58,7 @@ static void multiply_part(const void *argument, int part, int thread)
         .end_tile = nybble_part_start(num_tiles, tile_part + 1, work->num_tile_parts),
         .products = work->products + first,
         .num_products = end - first,
+        .words = NYBBLE_TWO_WHERE_LARGE,
     });
 }
 

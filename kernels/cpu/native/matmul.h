@@ -24,7 +24,7 @@ enum { FETCH_DISTANCE = 4096 }; /* bytes: of 1024 to 32768 the best for a decode
 #define E2M1_PLUS_12 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
 
 /* A function NAME_tile of 1 to 4, or 8, tokens, made of BODY(tile, products, num_tokens, words, values), which is
-   compiled for each number of tokens, so that its sums are in registers, and for each number of words: with
+   compiled for each number of tokens, so that its sums are in registers, and for each of nybble_words: with
    NYBBLE_TWO_WHERE_LARGE, each block is asked. */
 #define ARGUMENTS                                                                                                      \
     const struct tile *tile, const struct nybble_product *products, const int num_tokens,                            \
@@ -40,9 +40,7 @@ enum { FETCH_DISTANCE = 4096 }; /* bytes: of 1024 to 32768 the best for a decode
 #define INTEGER_TILE(body, cases)                                                                                      \
     static void body##_tile(ARGUMENTS)                                                                                 \
     {                                                                                                                  \
-        if (words == NYBBLE_ONE_WORD)                                                                                  \
-            switch (num_tokens) { cases(body, NYBBLE_ONE_WORD) }                                                       \
-        else if (words == NYBBLE_TWO_WORDS)                                                                            \
+        if (words == NYBBLE_TWO_WORDS)                                                                                 \
             switch (num_tokens) { cases(body, NYBBLE_TWO_WORDS) }                                                      \
         else                                                                                                           \
             switch (num_tokens) { cases(body, NYBBLE_TWO_WHERE_LARGE) }                                                \
@@ -50,7 +48,7 @@ enum { FETCH_DISTANCE = 4096 }; /* bytes: of 1024 to 32768 the best for a decode
 #define FLOAT_TILE(body, cases)                                                                                        \
     static void body##_tile(ARGUMENTS)                                                                                 \
     {                                                                                                                  \
-        switch (num_tokens) { cases(body, NYBBLE_ONE_WORD) }                                                           \
+        switch (num_tokens) { cases(body, NYBBLE_TWO_WHERE_LARGE) }                                                    \
     }
 
 ALWAYS_INLINE const struct nybble_activations *activations_at(const struct nybble_product *product, int64_t block)
@@ -58,10 +56,10 @@ ALWAYS_INLINE const struct nybble_activations *activations_at(const struct nybbl
     return (const struct nybble_activations *)product->activations + block;
 }
 
-/* Compiled to an answer but for NYBBLE_TWO_WHERE_LARGE. */
+/* NYBBLE_TWO_WORDS needs not ask: blocks without low words are of zeros or count for nothing. */
 ALWAYS_INLINE bool has_low(const struct nybble_activations *x, const enum nybble_words words)
 {
-    return words == NYBBLE_TWO_WORDS || (words == NYBBLE_TWO_WHERE_LARGE && x->has_low);
+    return words == NYBBLE_TWO_WORDS || x->has_low;
 }
 
 /* Ask for FP4 codes or scales that are multiplied soon, into the second cache: processors read ahead by themselves, but not

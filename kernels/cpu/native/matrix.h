@@ -56,12 +56,11 @@ struct nybble_matrix {
     int64_t kind;
 };
 
-/* Which blocks of a row have low words. One word is off by up to 1/254 of the largest magnitude of its block, two by
-   1/128 of that. */
+/* Which blocks of a row have low words. Without, a number is off by up to 1/254 of the largest magnitude of its block,
+   with them by 1/128 of that. */
 enum nybble_words {
-    NYBBLE_ONE_WORD,        /* none */
     NYBBLE_TWO_WHERE_LARGE, /* blocks with a magnitude above 3 times the root mean square of the row */
-    NYBBLE_TWO_WORDS        /* all */
+    NYBBLE_TWO_WORDS        /* all, but for blocks of zeros and those with a number that is not finite */
 };
 
 /* 32 columns of a row, for FP4 and INT8: whole numbers n = high, or 128 * high + low if has_low, times the scale. The

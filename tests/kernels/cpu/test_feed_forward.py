@@ -7,7 +7,7 @@ import torch
 from closeness import assert_close
 from cpu_weights import (
     FP4_FORMATS,
-    as_int8,
+    as_words,
     every_kind,
     generator_of,
     random_float,
@@ -18,7 +18,7 @@ from cpu_weights import (
 from guarded_memory import guarded as guarded
 from torch import Tensor
 
-from nybble.kernels.cpu.cpu_matrix import CpuMatrix, Kind, dequantize, prepare
+from nybble.kernels.cpu.cpu_matrix import CpuMatrix, dequantize, prepare
 from nybble.kernels.cpu.cpu_router import prepare_router
 from nybble.kernels.cpu.feed_forward import FeedForward
 from nybble.kernels.cpu.pool import Pool
@@ -117,11 +117,8 @@ def run(
 
 
 def as_taken(x: Tensor, gate_up: CpuMatrix) -> Tensor:
-    """What gate and up are multiplied with: int8, with two words for blocks with a number above 3 root mean
-    squares of the row. What `down` takes always has two, which are as good as the numbers themselves."""
-    if gate_up.kind not in (Kind.FP4_BY_16, Kind.FP4_BY_32, Kind.INT8):
-        return x
-    return as_int8(x, 3 * x.double().square().mean(dim=1, keepdim=True).sqrt()).float()
+    """What gate and up are multiplied with. What `down` takes is as good as the numbers themselves."""
+    return x if gate_up.takes_floats else as_words(x).float()
 
 
 def dense_of_words(hidden: Tensor, weights: DenseWeights[CpuMatrix]) -> Tensor:
