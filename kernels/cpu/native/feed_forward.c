@@ -19,8 +19,8 @@ enum {
     TILES = NEURONS / NYBBLE_TILE_ROWS + 1,
     FEW_TOKENS = 8,
     ROUTED_IN_A_PART = 16,
-    MOST_OUTPUT_TILES = 16,
-    PARTS_OF_A_THREAD = 2 /* long stretches of each expert */
+    OUTPUT_TILES_IN_A_PART = 4,
+    OUTPUT_PARTS_OF_A_THREAD = 2
 };
 
 /* Of the activations that gate_up and `down` take. */
@@ -350,11 +350,13 @@ static void run(nybble_pool *pool, struct work *work)
     nybble_parallel(pool, down, work, (int)work->num_output_parts);
 }
 
-static int64_t num_output_parts(int64_t columns, int num_threads)
+/* For few tokens long stretches of each expert, which memory gives faster; for many what stays in the caches. */
+static int64_t num_output_parts(int64_t columns, int64_t num_tokens, int num_threads)
 {
-    const int64_t num_tiles = nybble_num_tiles(columns), wanted = (int64_t)PARTS_OF_A_THREAD * num_threads;
-    const int64_t least = (num_tiles + MOST_OUTPUT_TILES - 1) / MOST_OUTPUT_TILES;
-    return wanted < least ? least : wanted < num_tiles ? wanted : num_tiles;
+    const int64_t num_tiles = nybble_num_tiles(columns);
+    const int64_t small = (num_tiles + OUTPUT_TILES_IN_A_PART - 1) / OUTPUT_TILES_IN_A_PART;
+    const int64_t large = (int64_t)OUTPUT_PARTS_OF_A_THREAD * num_threads;
+    return num_tokens > FEW_TOKENS || small < large ? small : large;
 }
 
 int nybble_feed_forward(nybble_pool *pool, const struct nybble_feed_forward *arguments)
@@ -371,7 +373,7 @@ int nybble_feed_forward(nybble_pool *pool, const struct nybble_feed_forward *arg
         .num_slots = arguments->num_tokens * (layer->router.top_k + 1),
         .float_stride = nybble_activation_stride(NYBBLE_FLOAT32, columns),
         .integer_stride = nybble_activation_stride(NYBBLE_INT8, columns),
-        .num_output_parts = num_output_parts(columns, nybble_num_threads(pool)),
+        .num_output_parts = num_output_parts(columns, arguments->num_tokens, nybble_num_threads(pool)),
     };
     void *scratch;
     const int status = nybble_begin(pool, lay_out(&work, NULL), &scratch);
