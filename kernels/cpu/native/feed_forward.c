@@ -356,7 +356,8 @@ static int64_t num_output_parts(int64_t columns, int64_t num_tokens, int num_thr
     const int64_t num_tiles = nybble_num_tiles(columns);
     const int64_t small = (num_tiles + OUTPUT_TILES_IN_A_PART - 1) / OUTPUT_TILES_IN_A_PART;
     const int64_t large = (int64_t)OUTPUT_PARTS_OF_A_THREAD * num_threads;
-    return num_tokens > FEW_TOKENS || small < large ? small : large;
+    const int64_t wanted = num_tokens > FEW_TOKENS && small > large ? small : large;
+    return wanted < num_tiles ? wanted : num_tiles;
 }
 
 int nybble_feed_forward(nybble_pool *pool, const struct nybble_feed_forward *arguments)
