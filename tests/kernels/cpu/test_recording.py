@@ -59,9 +59,9 @@ def test_memory_of_results_lives_as_long_as_the_recording(pool: Pool) -> None:
 
 def test_arguments_are_checked_before_each_replay(pool: Pool) -> None:
     positions, table = torch.tensor([3]), RotaryAngles(cos=torch.randn(4, 2), sin=torch.randn(4, 2))
-    x = torch.ones(1, 8)
+    x, one = torch.ones(1, 8), torch.ones(1, 8)
     with pool.record() as recording:
-        add(pool, x, torch.ones(1, 8))
+        add(pool, x, one)
         angles = rotary_angles(pool, table, positions)
     positions[:] = 4
     with pytest.raises(ValueError, match="positions are 4 to 4, but the table has 4"):
