@@ -28,8 +28,10 @@ class Replay(ctypes.Structure):
 
 
 class Recording:
-    """What `Pool.record` gives, and `Pool.replay` takes. Results live as long as it does; what else operations
-    read, weights and inputs, is the caller's to keep."""
+    """What `Pool.record` gives, and `Pool.replay` takes.
+
+    Results live as long as it does; what else operations read, weights and inputs, is the caller's to keep.
+    """
 
     def __init__(self) -> None:
         self._operations: list[tuple[Operation, ctypes.Structure]] = []
