@@ -139,6 +139,10 @@ class RotaryAngles:
     cos: Tensor
     sin: Tensor
 
+    def at(self, positions: Tensor, dtype: torch.dtype) -> RotaryAngles:
+        """Of a table of all positions, the rows at positions int64 [T], rounded to `dtype`."""
+        return RotaryAngles(cos=self.cos[positions].to(dtype), sin=self.sin[positions].to(dtype))
+
 
 @dataclass(frozen=True)
 class KVCacheLayer:

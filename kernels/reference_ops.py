@@ -74,7 +74,7 @@ class ReferenceOps:
         return found.masked_fill(is_elsewhere.unsqueeze(-1), 0)
 
     def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
-        return RotaryAngles(cos=table.cos[positions].to(self.dtype), sin=table.sin[positions].to(self.dtype))
+        return table.at(positions, self.dtype)
 
     def attention_input(
         self,

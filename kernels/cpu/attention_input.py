@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.cpu.cpu_matrix import CpuMatrix
+from nybble.kernels.cpu.index_range import index_range
 from nybble.kernels.cpu.kv_cache_layout import NativeKVCache, native_kv_cache, num_slots
 from nybble.kernels.cpu.native_forms import NativeForms
 from nybble.kernels.cpu.pool import Pool
@@ -74,7 +75,7 @@ def attention_input(
             f"expected {shape.num_kv_heads} of {shape.head_dim}"
         )
     num_tokens = hidden.shape[0]
-    pointer("slots", slots, torch.int64, (num_tokens,))
+    slots_pointer = pointer("slots", slots, torch.int64, (num_tokens,))
     _check_range(_slot_range(slots), num_slots(cache))
     _check_before_replay(pool, slots, num_slots(cache))
     query = pool.empty(num_tokens, shape.num_heads, shape.head_dim)
@@ -89,7 +90,7 @@ def attention_input(
         query.data_ptr(),
         pointer("angles.cos", angles.cos, torch.float32, angles_shape),
         pointer("angles.sin", angles.sin, torch.float32, angles_shape),
-        slots.data_ptr(),
+        slots_pointer,
         num_tokens,
     )
     pool.run(pool.operation("nybble_attention_input", _Arguments), arguments)
@@ -136,15 +137,8 @@ def _check_range(slots: tuple[int, int], end: int) -> None:
 
 
 def _check_before_replay(pool: Pool, slots: Tensor, end: int) -> None:
-    pool.before_replay(("slots", id(slots), end), lambda: _check_range(_range(slots), end))
-
-
-def _range(slots: Tensor) -> tuple[int, int]:
-    if not slots.numel():
-        return 0, -1
-    numbers = slots.numpy()
-    return int(numbers.min()), int(numbers.max())
+    pool.before_replay(("slots", id(slots), end), lambda: _check_range(index_range(slots), end))
 
 
 _native = NativeForms(_native_weights)
-_slot_range = NativeForms(_range)  # once for all layers of a step
+_slot_range = NativeForms(index_range)  # once for all layers of a step

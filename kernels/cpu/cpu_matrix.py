@@ -121,11 +121,6 @@ class CpuMatrix:
         return self.shape[-1]
 
     @property
-    def takes_floats(self) -> bool:
-        """Whether it is multiplied with float32, not with activations that are quantized to int8."""
-        return self.kind in (Kind.FP8, Kind.BFLOAT16, Kind.FLOAT32)
-
-    @property
     def address(self) -> int:
         """Of its struct nybble_matrix, as long as this lives."""
         return ctypes.addressof(self._native)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nybble.kernels.cpu.index_range import index_range
 from nybble.kernels.cpu.kv_cache_layout import NativeKVCache, native_kv_cache
 from nybble.kernels.cpu.native_forms import NativeForms
 from nybble.kernels.cpu.pool import Pool
@@ -84,10 +85,7 @@ class _CheckedBatch:
                 )
         self.num_tokens = starts[-1]
         self._longest = max(lengths, default=0)
-        self._lowest_block, self._highest_block = 0, -1
-        if batch.block_tables.numel():
-            blocks = batch.block_tables.numpy()
-            self._lowest_block, self._highest_block = int(blocks.min()), int(blocks.max())
+        self._lowest_block, self._highest_block = index_range(batch.block_tables)
 
     def check(self, cache: KVCacheLayer, num_tokens: int) -> None:
         num_blocks, block_size = cache.values.shape[0], cache.values.shape[2]

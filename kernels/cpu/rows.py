@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from nybble.kernels.cpu.index_range import index_range
 from nybble.kernels.cpu.pool import Pool
 from nybble.kernels.cpu.tensor_pointer import pointer
 from nybble.kernels.ops import Embedding, RotaryAngles
@@ -68,8 +69,6 @@ def _rows(pool: Pool, name: str, ids: Tensor, table: Tensor, first_id: int) -> T
 
 
 def _check_positions(positions: Tensor, num_positions: int) -> None:
-    values = positions.tolist()
-    if values and not 0 <= min(values) <= max(values) < num_positions:
-        raise ValueError(
-            f"positions are {min(values)} to {max(values)}, but the table has {num_positions} positions"
-        )
+    lowest, highest = index_range(positions)
+    if lowest < 0 or highest >= num_positions:
+        raise ValueError(f"positions are {lowest} to {highest}, but the table has {num_positions} positions")

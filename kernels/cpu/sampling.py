@@ -47,7 +47,7 @@ def sample(pool: Pool, logits: Tensor, batch: SamplingBatch, num_token_ids: int)
         raise ValueError(f"num_token_ids is {num_token_ids}, expected 1 to {num_columns} columns of logits")
     if num_token_ids > _MAX_COLUMNS:
         raise ValueError(f"num_token_ids is {num_token_ids}, expected at most {_MAX_COLUMNS}")
-    picks = torch.empty(rows, dtype=torch.int64)
+    picks = pool.empty(rows, dtype=torch.int64)
     arguments = _Arguments(
         pointer("logits", logits, torch.float32, (rows, num_columns)),
         pointer("temperatures", batch.temperatures, torch.float32, (rows,)),

@@ -107,7 +107,7 @@ class TritonOps:
         return embed(token_ids, embedding, launch=embedding_launch(embedding.table.shape[1], self.arch))
 
     def rotary_angles(self, table: RotaryAngles, positions: Tensor) -> RotaryAngles:
-        return RotaryAngles(cos=table.cos[positions].to(self.dtype), sin=table.sin[positions].to(self.dtype))
+        return table.at(positions, self.dtype)
 
     def attention_input(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nybble.kernels.cpu.cpu_matrix import CpuMatrix, prepare
+from nybble.kernels.cpu.cpu_matrix import CpuMatrix, Kind, prepare
 from nybble.kernels.quantized_tensor import FP8, MXFP4, NVFP4, NVFP4_DIVIDED, Format, QuantizedTensor, stack
 
 FP4_FORMATS = (NVFP4, NVFP4_DIVIDED, MXFP4)
@@ -59,6 +59,11 @@ def every_kind(rows: int, columns: int) -> dict[str, CpuMatrix]:
         "int8": prepare(random_float(rows, columns)),
         "bf16": prepare(random_float(rows, columns), "bf16"),
     }
+
+
+def takes_floats(matrix: CpuMatrix) -> bool:
+    """Whether it is multiplied with float32, not with activations that are quantized to int8."""
+    return matrix.kind in (Kind.FP8, Kind.BFLOAT16, Kind.FLOAT32)
 
 
 def as_words(x: Tensor) -> Tensor:

@@ -22,11 +22,5 @@ static void add_numbers(const void *argument, int part, int thread)
 int nybble_add(nybble_pool *pool, const struct nybble_add *arguments)
 {
     const struct work work = {arguments, (int)((arguments->count + NUMBERS_IN_A_PART - 1) / NUMBERS_IN_A_PART)};
-    void *scratch;
-    const int status = nybble_begin(pool, 0, &scratch);
-    if (status != NYBBLE_OK)
-        return status;
-    nybble_parallel(pool, add_numbers, &work, work.num_parts);
-    nybble_end(pool);
-    return NYBBLE_OK;
+    return nybble_run(pool, add_numbers, &work, work.num_parts);
 }

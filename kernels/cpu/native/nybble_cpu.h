@@ -108,6 +108,9 @@ typedef void nybble_task(const void *argument, int part, int thread);
    Within nybble_begin and nybble_end. */
 void nybble_parallel(nybble_pool *pool, nybble_task *task, const void *argument, int num_parts);
 
+/* A whole operation of one region that needs no memory: nybble_begin, nybble_parallel, nybble_end. */
+int nybble_run(nybble_pool *pool, nybble_task *task, const void *argument, int num_parts);
+
 int nybble_num_threads(const nybble_pool *pool);
 const struct nybble_kernels *nybble_pool_kernels(const nybble_pool *pool);
 

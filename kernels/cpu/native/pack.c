@@ -21,25 +21,13 @@ static int64_t first_row_of_tile(const struct nybble_matrix *matrix, int64_t til
     return tile / num_tiles * matrix->num_rows + tile % num_tiles * ROWS;
 }
 
-static void run_tiles(nybble_pool *pool, nybble_task *task, const void *arguments, const struct nybble_matrix *matrix)
+static int run_tiles(nybble_pool *pool, nybble_task *task, const void *arguments, const struct nybble_matrix *matrix)
 {
-    const int64_t num_tiles = matrix->num_matrices * nybble_num_tiles(matrix->num_rows);
+    const int num_tiles = (int)(matrix->num_matrices * nybble_num_tiles(matrix->num_rows));
     if (pool)
-        nybble_parallel(pool, task, arguments, (int)num_tiles);
-    else
-        for (int64_t tile = 0; tile < num_tiles; tile++)
-            task(arguments, (int)tile, 0);
-}
-
-static int run(nybble_pool *pool, nybble_task *task, const void *arguments, const struct nybble_matrix *matrix)
-{
-    void *scratch;
-    const int status = pool ? nybble_begin(pool, 0, &scratch) : NYBBLE_OK;
-    if (status != NYBBLE_OK)
-        return status;
-    run_tiles(pool, task, arguments, matrix);
-    if (pool)
-        nybble_end(pool);
+        return nybble_run(pool, task, arguments, num_tiles);
+    for (int tile = 0; tile < num_tiles; tile++)
+        task(arguments, tile, 0);
     return NYBBLE_OK;
 }
 
@@ -106,7 +94,7 @@ static void pack_tile(const void *argument, int part, int thread)
 
 int nybble_pack(nybble_pool *pool, const struct nybble_pack *arguments)
 {
-    return run(pool, pack_tile, arguments, arguments->matrix);
+    return run_tiles(pool, pack_tile, arguments, arguments->matrix);
 }
 
 /* ---- INT8 ---- */
@@ -214,5 +202,5 @@ static void pack_int8_tile(const void *argument, int part, int thread)
 
 int nybble_pack_int8(nybble_pool *pool, const struct nybble_pack_int8 *arguments)
 {
-    return run(pool, pack_int8_tile, arguments, arguments->matrix);
+    return run_tiles(pool, pack_int8_tile, arguments, arguments->matrix);
 }

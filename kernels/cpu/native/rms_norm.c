@@ -27,11 +27,5 @@ int nybble_add_rms_norm(nybble_pool *pool, const struct nybble_add_rms_norm *arg
 {
     const int64_t num_parts = (arguments->tokens + ROWS_IN_A_PART - 1) / ROWS_IN_A_PART;
     const struct work work = {arguments, nybble_pool_kernels(pool), (int)num_parts};
-    void *scratch;
-    const int status = nybble_begin(pool, 0, &scratch);
-    if (status != NYBBLE_OK)
-        return status;
-    nybble_parallel(pool, norm_rows, &work, work.num_parts);
-    nybble_end(pool);
-    return NYBBLE_OK;
+    return nybble_run(pool, norm_rows, &work, work.num_parts);
 }

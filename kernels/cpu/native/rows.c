@@ -30,11 +30,5 @@ static void copy_rows(const void *argument, int part, int thread)
 int nybble_rows(nybble_pool *pool, const struct nybble_rows *arguments)
 {
     const struct work work = {arguments, (int)((arguments->num_ids + ROWS_IN_A_PART - 1) / ROWS_IN_A_PART)};
-    void *scratch;
-    const int status = nybble_begin(pool, 0, &scratch);
-    if (status != NYBBLE_OK)
-        return status;
-    nybble_parallel(pool, copy_rows, &work, work.num_parts);
-    nybble_end(pool);
-    return NYBBLE_OK;
+    return nybble_run(pool, copy_rows, &work, work.num_parts);
 }

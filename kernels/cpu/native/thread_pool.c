@@ -371,3 +371,14 @@ void nybble_parallel(nybble_pool *pool, nybble_task *task, const void *argument,
     run_parts(pool, 0);
     wait_for_parts(pool);
 }
+
+int nybble_run(nybble_pool *pool, nybble_task *task, const void *argument, int num_parts)
+{
+    void *scratch;
+    const int status = nybble_begin(pool, 0, &scratch);
+    if (status != NYBBLE_OK)
+        return status;
+    nybble_parallel(pool, task, argument, num_parts);
+    nybble_end(pool);
+    return NYBBLE_OK;
+}

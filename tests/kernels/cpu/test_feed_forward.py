@@ -14,6 +14,7 @@ from cpu_weights import (
     random_fp4,
     random_fp8,
     random_stack,
+    takes_floats,
 )
 from guarded_memory import guarded as guarded
 from torch import Tensor
@@ -118,7 +119,7 @@ def run(
 
 def as_taken(x: Tensor, gate_up: CpuMatrix) -> Tensor:
     """What gate and up are multiplied with. What `down` takes is as good as the numbers themselves."""
-    return x if gate_up.takes_floats else as_words(x).float()
+    return x if takes_floats(gate_up) else as_words(x).float()
 
 
 def dense_of_words(hidden: Tensor, weights: DenseWeights[CpuMatrix]) -> Tensor:
